@@ -103,7 +103,7 @@ enum Stat : int {
   kLabelLse = 8, // natural log-sum-exp of z at tau = 1 (0 without label_weight)
   kValue = 9,    // the row's value before its weight
   kFactor = 10,  // what multiplies the row's value: selected * weight / divisor
-  kSpare = 11,
+  kUnit = 11,    // kFactor without the weight: selected / divisor
   kStats = 12,
 };
 
