@@ -114,8 +114,9 @@ def _other(lp: Tensor, lq: Tensor, spec: DivergenceSpec, first: Tensor, second: 
     return row
 
 
-def _infinite(spec: DivergenceSpec, first: Tensor, second: Tensor, no_q: Tensor,
-              no_p: Tensor) -> tuple[Tensor, Tensor]:
+def _infinite(
+    spec: DivergenceSpec, first: Tensor, second: Tensor, no_q: Tensor, no_p: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rows whose value is inf: (with the gradient of their finite part, with gradient 0).
 
     no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
@@ -135,15 +136,23 @@ def _infinite(spec: DivergenceSpec, first: Tensor, second: Tensor, no_q: Tensor,
         stopped = stopped | no_q
     elif kind in (S.ALPHA, S.ALPHA_BETA):
         beta = 1 - first if kind == S.ALPHA else second
-        # q^beta diverges for beta < 0, and beta = 0 keeps p^alpha log(p / q): gradient as forward_kl.
+        # q^beta diverges for beta < 0; beta = 0 keeps p^alpha log(p / q), like forward_kl.
         flowing = flowing | (no_q & (beta == 0))
         stopped = stopped | (no_q & (beta < 0)) | (no_p & (first <= 0))
     return flowing, stopped
 
 
-def row_values(student: Tensor, teacher: Tensor | None, labels: Tensor | None, selected: Tensor,
-               tau_s: Tensor, tau_t: Tensor, first: Tensor, second: Tensor,
-               spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
+def row_values(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    selected: Tensor,
+    tau_s: Tensor,
+    tau_t: Tensor,
+    first: Tensor,
+    second: Tensor,
+    spec: DivergenceSpec,
+) -> tuple[Tensor, Tensor]:
     """(D before clip, row value before its weight), each (N,), float64. Differentiable."""
     zero = torch.zeros((), dtype=torch.float64, device=student.device)
     z = torch.where(selected[:, None], student, zero)
@@ -199,8 +208,9 @@ def _widen(log_probability: Tensor, dead: Tensor, width: int) -> tuple[Tensor, T
     return pad(log_probability, (0, missing), value=_LOWEST), pad(dead, (0, missing), value=True)
 
 
-def selection(labels: Tensor | None, mask: Tensor | None, rows: int, device: torch.device,
-              ignore_index: float) -> Tensor:
+def selection(
+    labels: Tensor | None, mask: Tensor | None, rows: int, device: torch.device, ignore_index: float
+) -> Tensor:
     """Selected rows (N,) bool."""
     chosen = torch.ones(rows, dtype=torch.bool, device=device)
     if labels is not None:
@@ -208,8 +218,9 @@ def selection(labels: Tensor | None, mask: Tensor | None, rows: int, device: tor
     return chosen if mask is None else chosen & mask
 
 
-def unit_factors(selected: Tensor, weight: Tensor | None, num_items: Tensor | None,
-                 spec: DivergenceSpec) -> Tensor:
+def unit_factors(
+    selected: Tensor, weight: Tensor | None, num_items: Tensor | None, spec: DivergenceSpec
+) -> Tensor:
     """selected / divisor, (N,) float64: what multiplies weight x row value."""
     unit = selected.double()
     counted = unit * weight if spec.normalize_weights and weight is not None else unit
@@ -238,8 +249,20 @@ def _per_row(tensor: Tensor | None, number: float, like: Tensor) -> Tensor:
     return tensor.detach().double().clone()
 
 
-def _rows(student, teacher, labels, mask, student_temperature, teacher_temperature, first, second,
-          spec, grad_student, grad_teacher, grad_temperature):
+def _rows(
+    student,
+    teacher,
+    labels,
+    mask,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    spec,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+):
     """The differentiable row values and the leaves that gradients are wanted for."""
     z = student.detach().double()
     a = None if teacher is None else teacher.detach().double()
@@ -256,8 +279,15 @@ def _rows(student, teacher, labels, mask, student_temperature, teacher_temperatu
     selected = selection(labels, mask, student.shape[0], student.device, spec.ignore_index)
     with torch.enable_grad():
         divergence, value = row_values(
-            z, a, labels, selected, tau_s, tau_t,
-            _per_row(first, spec.first, student), _per_row(second, spec.second, student), spec,
+            z,
+            a,
+            labels,
+            selected,
+            tau_s,
+            tau_t,
+            _per_row(first, spec.first, student),
+            _per_row(second, spec.second, student),
+            spec,
         )
     return selected, divergence, value, leaves
 
@@ -283,15 +313,40 @@ def _differentiate(value: Tensor, factor: Tensor, leaves: list) -> None:
         out.copy_(torch.where(nan & (scale != 0), torch.nan, product))
 
 
-def divergence_fwd(student, teacher, labels, mask, weight, student_temperature,
-                   teacher_temperature, first, second, num_items, value, stats, grad_student,
-                   grad_teacher, grad_temperature, spec) -> None:
+def divergence_fwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    weight,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    num_items,
+    value,
+    stats,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+    spec,
+) -> None:
     """Forward of csrc/divergence/divergence.h. Of the statistics only value, factor and unit are
     filled: the backward of this backend starts again from the logits."""
     spec = DivergenceSpec(*spec)
     selected, divergence, rows, leaves = _rows(
-        student, teacher, labels, mask, student_temperature, teacher_temperature, first, second,
-        spec, grad_student, grad_teacher, grad_temperature,
+        student,
+        teacher,
+        labels,
+        mask,
+        student_temperature,
+        teacher_temperature,
+        first,
+        second,
+        spec,
+        grad_student,
+        grad_teacher,
+        grad_temperature,
     )
     weight = None if weight is None else weight.double()
     items = None if num_items is None else num_items.double()
@@ -307,14 +362,37 @@ def divergence_fwd(student, teacher, labels, mask, weight, student_temperature,
     _differentiate(rows, factor, leaves)
 
 
-def divergence_bwd(student, teacher, labels, mask, student_temperature, teacher_temperature, first,
-                   second, stats, upstream, grad_student, grad_teacher, grad_temperature,
-                   spec) -> None:
+def divergence_bwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    stats,
+    upstream,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+    spec,
+) -> None:
     """Backward of csrc/divergence/divergence.h, from the logits."""
     spec = DivergenceSpec(*spec)
     _, _, rows, leaves = _rows(
-        student, teacher, labels, mask, student_temperature, teacher_temperature, first, second,
-        spec, grad_student, grad_teacher, grad_temperature,
+        student,
+        teacher,
+        labels,
+        mask,
+        student_temperature,
+        teacher_temperature,
+        first,
+        second,
+        spec,
+        grad_student,
+        grad_teacher,
+        grad_temperature,
     )
     factor = stats[:, S.FACTOR].double()
     _differentiate(rows, torch.where(factor == 0, 0.0, factor * upstream.double()), leaves)

@@ -60,14 +60,29 @@ def _forward(student, teacher, weight, tau_s, tau_t, rest, need_student, need_te
     if need_tau:
         grad_tau = empty((rows, 2), dtype, z.device)
     backend.divergence_fwd(
-        z, a, rest.labels, rest.mask, weight, tau_s, tau_t, rest.first, rest.second,
-        rest.num_items, value, stats, grad_student, grad_teacher, grad_tau, rest.spec,
+        z,
+        a,
+        rest.labels,
+        rest.mask,
+        weight,
+        tau_s,
+        tau_t,
+        rest.first,
+        rest.second,
+        rest.num_items,
+        value,
+        stats,
+        grad_student,
+        grad_teacher,
+        grad_tau,
+        rest.spec,
     )
     return value, stats, grad_student, grad_teacher, grad_tau
 
 
-def _backward(student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher,
-              need_tau):
+def _backward(
+    student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher, need_tau
+):
     """Gradients from the logits and the saved statistics, for `upstream` () or (N,)."""
     backend = pick("divergence", student.device.type)
     z = _rows(student)
@@ -76,14 +91,28 @@ def _backward(student, teacher, tau_s, tau_t, rest, stats, upstream, need_studen
     grad_teacher = empty_like(a) if need_teacher else None
     grad_tau = empty((z.shape[0], 2), stats.dtype, z.device) if need_tau else None
     backend.divergence_bwd(
-        z, a, rest.labels, rest.mask, tau_s, tau_t, rest.first, rest.second, stats,
-        upstream.to(stats.dtype).contiguous(), grad_student, grad_teacher, grad_tau, rest.spec,
+        z,
+        a,
+        rest.labels,
+        rest.mask,
+        tau_s,
+        tau_t,
+        rest.first,
+        rest.second,
+        stats,
+        upstream.to(stats.dtype).contiguous(),
+        grad_student,
+        grad_teacher,
+        grad_tau,
+        rest.spec,
     )
     return grad_student, grad_teacher, grad_tau
 
 
-def _weight_gradient(stats: Tensor, value: Tensor, upstream: Tensor, spec: DivergenceSpec) -> Tensor:
-    """d loss / d weight (N,): unit x row value, less the mean where the divisor is sum of weights."""
+def _weight_gradient(
+    stats: Tensor, value: Tensor, upstream: Tensor, spec: DivergenceSpec
+) -> Tensor:
+    """d loss / d weight (N,): unit x row value; less the mean if weights are the divisor."""
     rows = stats[:, S.VALUE]
     unit = stats[:, S.UNIT]
     if spec.normalize_weights and spec.reduction == S.MEAN:
@@ -105,8 +134,15 @@ class _Divergence(torch.autograd.Function):
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
         scalar = rest.spec.reduction != S.NONE
         value, stats, *gradients = _forward(
-            student, teacher, weight, tau_s, tau_t, rest,
-            need_student and scalar, need_teacher and scalar, (need_s or need_t) and scalar,
+            student,
+            teacher,
+            weight,
+            tau_s,
+            tau_t,
+            rest,
+            need_student and scalar,
+            need_teacher and scalar,
+            (need_s or need_t) and scalar,
         )
         ctx.rest, ctx.shapes = rest, (student.shape, None if teacher is None else teacher.shape)
         ctx.prepared = gradients if scalar else None
@@ -139,12 +175,20 @@ class _Divergence(torch.autograd.Function):
                     scale(gradient, upstream)
         elif rest.inplace and need_student:
             raise RuntimeError(
-                "kdkernels.divergence(inplace=True): the logits were overwritten by their gradient, "
-                "so backward can run once only; use inplace=False with retain_graph=True"
+                "kdkernels.divergence(inplace=True): the logits were overwritten by their "
+                "gradient, so backward can run once only; use inplace=False with retain_graph=True"
             )
         else:
             grad_student, grad_teacher, grad_tau = _backward(
-                student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher,
+                student,
+                teacher,
+                tau_s,
+                tau_t,
+                rest,
+                stats,
+                upstream,
+                need_student,
+                need_teacher,
                 need_s or need_t,
             )
         grad_weight = None
@@ -155,7 +199,10 @@ class _Divergence(torch.autograd.Function):
         return (
             None if grad_student is None else grad_student.view(shape_s),
             None if grad_teacher is None else grad_teacher.view(shape_t),
-            grad_weight, grad_s, grad_t, None,
+            grad_weight,
+            grad_s,
+            grad_t,
+            None,
         )
 
 
@@ -185,8 +232,16 @@ class _FunctorchDivergence(torch.autograd.Function):
         student, teacher, tau_s, tau_t, stats, value = ctx.saved_tensors
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
         grads = _FunctorchBackward.apply(
-            student, teacher, tau_s, tau_t, stats, upstream, ctx.rest,
-            need_student, need_teacher, need_s or need_t,
+            student,
+            teacher,
+            tau_s,
+            tau_t,
+            stats,
+            upstream,
+            ctx.rest,
+            need_student,
+            need_teacher,
+            need_s or need_t,
         )
         grad_student, grad_teacher, grad_tau = grads
         grad_s, grad_t = _tau_gradients(grad_tau, need_s, need_t)
@@ -194,7 +249,9 @@ class _FunctorchDivergence(torch.autograd.Function):
             None if grad_student is None else grad_student.view(student.shape),
             None if grad_teacher is None else grad_teacher.view(teacher.shape),
             _weight_gradient(stats, value, upstream, ctx.rest.spec) if need_weight else None,
-            grad_s, grad_t, None,
+            grad_s,
+            grad_t,
+            None,
         )
 
 
@@ -241,14 +298,32 @@ def _rest(labels, mask, first, second, num_items, batch, spec) -> Rest:
     return Rest(labels, mask, first, second, num_items, numbers, False, True)
 
 
-def _op_fwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch,
-            spec):
+def _op_fwd(
+    student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch, spec
+):
     rest = _rest(labels, mask, first, second, num_items, batch, spec)
     return _forward(student, teacher, weight, tau_s, tau_t, rest, False, False, False)[:2]
 
 
-def _op_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, stats,
-            upstream, batch, spec, need_student, need_teacher, need_tau):
+def _op_bwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    weight,
+    tau_s,
+    tau_t,
+    first,
+    second,
+    num_items,
+    stats,
+    upstream,
+    batch,
+    spec,
+    need_student,
+    need_teacher,
+    need_tau,
+):
     rest = _rest(labels, mask, first, second, num_items, batch, spec)
     grads = _backward(
         student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher, need_tau
@@ -260,16 +335,34 @@ def _op_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second,
     )
 
 
-def _fake_fwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch,
-              spec):
+def _fake_fwd(
+    student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch, spec
+):
     rows = student.numel() // student.shape[-1] if student.dim() != 2 else student.shape[0]
     dtype = compute_dtype(student)
     value = (rows,) if spec[DivergenceSpec._fields.index("reduction")] == S.NONE else ()
     return student.new_empty(value, dtype=dtype), student.new_empty((rows, S.STATS), dtype=dtype)
 
 
-def _fake_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, stats,
-              upstream, batch, spec, need_student, need_teacher, need_tau):
+def _fake_bwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    weight,
+    tau_s,
+    tau_t,
+    first,
+    second,
+    num_items,
+    stats,
+    upstream,
+    batch,
+    spec,
+    need_student,
+    need_teacher,
+    need_tau,
+):
     return (
         student.new_empty(student.shape if need_student else (0,)),
         teacher.new_empty(teacher.shape) if need_teacher else student.new_empty((0,)),
@@ -278,8 +371,20 @@ def _fake_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, secon
 
 
 def _op_setup(ctx, inputs, output):
-    (student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch,
-     spec) = inputs
+    (
+        student,
+        teacher,
+        labels,
+        mask,
+        weight,
+        tau_s,
+        tau_t,
+        first,
+        second,
+        num_items,
+        batch,
+        spec,
+    ) = inputs
     value, stats = output
     ctx.save_for_backward(
         student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, stats, value
@@ -290,7 +395,6 @@ def _op_setup(ctx, inputs, output):
 
 def _op_backward(ctx, upstream, _):
     *inputs, stats, value = ctx.saved_tensors
-    student, teacher, _, _, _, _, _, _, _, _ = inputs
     needs = ctx.needs_input_grad
     need_student, need_teacher, need_weight = needs[0], needs[1], needs[4]
     need_s, need_t = needs[5], needs[6]
@@ -302,8 +406,18 @@ def _op_backward(ctx, upstream, _):
         grad_weight = _weight_gradient(stats, value, upstream, DivergenceSpec(*ctx.spec))
     grad_s, grad_t = _tau_gradients(grad_tau, need_s, need_t)
     return (
-        grad_student if need_student else None, grad_teacher if need_teacher else None,
-        None, None, grad_weight, grad_s, grad_t, None, None, None, None, None,
+        grad_student if need_student else None,
+        grad_teacher if need_teacher else None,
+        None,
+        None,
+        grad_weight,
+        grad_s,
+        grad_t,
+        None,
+        None,
+        None,
+        None,
+        None,
     )
 
 
@@ -317,13 +431,30 @@ torch.library.register_autograd(
 )
 
 
-def divergence(student: Tensor, teacher: Tensor | None, weight: Tensor | None,
-               tau_s: Tensor | None, tau_t: Tensor | None, rest: Rest, batch: int):
+def divergence(
+    student: Tensor,
+    teacher: Tensor | None,
+    weight: Tensor | None,
+    tau_s: Tensor | None,
+    tau_t: Tensor | None,
+    rest: Rest,
+    batch: int,
+):
     """(value, stats or None). student [..., V]; per-row tensors (N,) in the compute dtype."""
     if torch.compiler.is_compiling():
         value, stats = torch.ops.kdkernels.divergence_fwd.default(
-            student, teacher, rest.labels, rest.mask, weight, tau_s, tau_t, rest.first,
-            rest.second, rest.num_items, batch, list(rest.spec),
+            student,
+            teacher,
+            rest.labels,
+            rest.mask,
+            weight,
+            tau_s,
+            tau_t,
+            rest.first,
+            rest.second,
+            rest.num_items,
+            batch,
+            list(rest.spec),
         )
         return value, stats
     if functorch_active():
