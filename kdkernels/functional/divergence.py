@@ -42,8 +42,8 @@ def divergence(
     """Divergence D(p, q) between p = softmax(teacher / tau_t) and q = softmax(student / tau_s).
 
     For each selected row, in this order: D, clip, x tau_s^2 if asked, + label_weight x cross
-    entropy of softmax(student) with the label, x weight, reduction. With a scalar reduction and a student
-    that requires grad, the gradient is made in the same pass as the loss.
+    entropy of softmax(student) with the label, x weight, reduction. With a scalar reduction and a
+    student that requires grad, the gradient is made in the same pass as the loss.
 
     Args:
         student: logits [..., V]; float32, float16, bfloat16 or float64.
