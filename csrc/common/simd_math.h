@@ -4,7 +4,7 @@
 // Worst errors against long double, asserted by tests/cpp/test_simd.cpp over the whole range:
 //   exp2, exp2_nonpositive   2.0e-7 relative (exact at integers)       exp      1.5 ulp
 //   expm1                    2 ulp, also at 0                          log      1.5 ulp
-//   log2                     2 ulp, also at 1                          log1p    2 ulp, also at 0
+//   log2                     2.2 ulp, also at 1                        log1p    2 ulp, also at 0
 // NaN gives NaN. exp2, exp: -inf -> 0, +inf -> +inf. log*: 0 (-1 for log1p) -> -inf, below -> NaN,
 // +inf -> +inf, subnormal arguments as any other. Subnormal results: exp is right to one rounding;
 // exp2 gives 0 below 2^-126 except on AVX-512, which is right to one rounding there too.
