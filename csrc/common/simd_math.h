@@ -77,7 +77,8 @@ KD_LANES VecF log_edges(VecF x, VecF result) {
 
 KD_LANES VecF exp2(VecF x) {
 #if KDK_ISA_LEVEL == 2
-  return detail::scale2(detail::exp2_fraction(detail::fraction(x)), x);
+  const VecF n = detail::floor_any(x);  // infinities: x - n is NaN, which scale2 takes by n
+  return detail::scale2(detail::exp2_fraction(x - n), n);
 #else
   x = min(VecF(128.0f), max(VecF(-127.0f), x));  // constants first: NaN passes
   const VecF n = detail::floor_small(x);
