@@ -189,12 +189,13 @@ KD_LANES float reduce_min(VecF a) { return -reduce_max(-a); }
 
 namespace detail {
 
-// a - floor(a), 0 for infinities.
-KD_LANES VecF fraction(VecF a) {
-  return VecF(_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+// vreduceps would be one instruction instead of two with a - floor(a), but runs at half the rate on
+// Zen 5: 14 instead of 17 billion exp2 a second.
+KD_LANES VecF floor_any(VecF a) {
+  return VecF(_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
 }
 
-// p * 2^floor(n) for any n, rounded once.
+// p * 2^n for an integer n, rounded once. Infinite n give 0 and inf also where p is a quiet NaN.
 KD_LANES VecF scale2(VecF p, VecF n) { return VecF(_mm512_scalef_ps(p.v, n.v)); }
 
 // a = m 2^e with 3/4 <= m < 3/2. Zero: (1, -inf); infinity: (1, inf); negative: NaN.
