@@ -39,31 +39,43 @@ def _log_softmax(logits: Tensor, tau: Tensor, columns: int) -> tuple[Tensor, Ten
 
 
 def _mixture(lp: Tensor, lq: Tensor, w: Tensor) -> Tensor:
-    """log(w p + (1 - w) q), entry by entry."""
-    return torch.logaddexp(lp + w.log()[:, None], lq + torch.log1p(-w)[:, None])
+    """log(w p + (1 - w) q), entry by entry; exactly lp where lp = lq."""
+    w = w[:, None]
+    above, below = (lq - lp).clamp(max=0), (lp - lq).clamp(max=0)  # logs of the smaller's share
+    from_p = lp + torch.where(w == 0, above, torch.log1p((1 - w) * torch.expm1(above)))
+    from_q = lq + torch.where(w == 1, below, torch.log1p(w * torch.expm1(below)))
+    return torch.where(lq < lp, from_p, from_q)
+
+
+def _generator(x: Tensor, y: Tensor, log_ratio: Tensor) -> Tensor:
+    """y - x + x log(x / y) >= 0, entry by entry, right to its own size also where y is close to x.
+
+    Summed over normalised rows it is KL(x, y): y - x adds up to 0.
+    """
+    near = log_ratio.abs() < 1
+    small = torch.where(near, log_ratio, 0.0)
+    return torch.where(near, x * (torch.expm1(-small) + small), y - x + x * log_ratio)
 
 
 def _kl(lx: Tensor, ly: Tensor) -> Tensor:
-    """sum x (log x - log y), (N,)."""
-    return (lx.exp() * (lx - ly)).sum(-1)
+    """sum x log(x / y), (N,)."""
+    return _generator(lx.exp(), ly.exp(), lx - ly).sum(-1)
 
 
 def _alpha_beta(lp: Tensor, lq: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """The AB divergence and its true limits on the axes (docs/divergence.md)."""
+    """The AB divergence (N,): (a/s p^s + b/s q^s - p^a q^b) / (a b) summed, s = a + b, and its true
+    limits on the axes. Written with `_generator`, which divides only by the larger exponent."""
     a, b = alpha[:, None], beta[:, None]
     d = lp - lq
     s = a + b
-    one = torch.ones_like(a)
-    safe_a, safe_b = torch.where(a == 0, one, a), torch.where(b == 0, one, b)
-    safe_s = torch.where(s == 0, one, s)
-    pa, qb = (a * lp).exp(), (b * lq).exp()
-    ps, qs = (s * lp).exp(), (s * lq).exp()
-    general = (a / safe_s * ps + b / safe_s * qs - pa * qb) / (safe_a * safe_b)
-    # Limits: alpha -> 0, beta -> 0, alpha + beta -> 0, both -> 0.
-    no_a = (-qb * b * d - qb + (b * lp).exp()) / safe_b**2
-    no_b = (pa * a * d - pa + (a * lq).exp()) / safe_a**2
-    no_s = ((a * d).exp() - 1 - a * d) / safe_a**2
-    out = torch.where(a == 0, no_a, torch.where(b == 0, no_b, torch.where(s == 0, no_s, general)))
+    x, y, w = (s * lp).exp(), (s * lq).exp(), (a * lp + b * lq).exp()
+
+    def side(x, y, d, big, little):
+        whole = torch.where(s == 0, 0.0, _generator(x, y, s * d) / torch.where(s == 0, 1.0, s))
+        part = _generator(x, w, little * d) / torch.where(little == 0, 1.0, little)
+        return (whole - torch.where(little == 0, 0.0, part)) / torch.where(big == 0, 1.0, big)
+
+    out = torch.where(a.abs() >= b.abs(), side(x, y, d, a, b), side(y, x, -d, b, a))
     return torch.where((a == 0) & (b == 0), d * d / 2, out).sum(-1)
 
 

@@ -459,5 +459,8 @@ def divergence(
         return value, stats
     if functorch_active():
         return _FunctorchDivergence.apply(student, teacher, weight, tau_s, tau_t, rest)
+    leaves = (student, teacher, weight, tau_s, tau_t)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in leaves):
+        return _forward(student, teacher, weight, tau_s, tau_t, rest, False, False, False)[:2]
     out = _Divergence.apply(student, teacher, weight, tau_s, tau_t, rest)
     return out if rest.return_stats else (out, None)
