@@ -27,8 +27,10 @@ bool cpu_supports(Isa isa) {
   // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   switch (isa) {
-    case Isa::kBaseline: return true;
-    case Isa::kAvx2: return avx2;
+    case Isa::kBaseline:
+      return true;
+    case Isa::kAvx2:
+      return avx2;
     case Isa::kAvx512:
       return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -73,9 +75,12 @@ std::atomic<int> g_isa{kUnset};
 
 const char* name(Isa isa) {
   switch (isa) {
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kBaseline: break;
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kBaseline:
+      break;
   }
   return "baseline";
 }
@@ -97,7 +102,9 @@ Isa current_isa() {
   return static_cast<Isa>(isa);
 }
 
-const char* isa_name() { return name(current_isa()); }
+const char* isa_name() {
+  return name(current_isa());
+}
 
 void set_isa(const char* isa) {
   const bool automatic = isa == nullptr || *isa == '\0';

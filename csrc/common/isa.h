@@ -18,16 +18,24 @@ enum class Isa : uint8_t { kBaseline, kAvx2, kAvx512 };
 // The ISAs that cmake/Isa.cmake compiles on this architecture, slowest first.
 #if defined(__x86_64__)
 constexpr Isa kCompiledIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
-#define KD_DECLARE_PER_ISA(...)        \
-  namespace baseline { __VA_ARGS__; } \
-  namespace avx2 { __VA_ARGS__; }     \
-  namespace avx512 { __VA_ARGS__; }
+#define KD_DECLARE_PER_ISA(...) \
+  namespace baseline {          \
+  __VA_ARGS__;                  \
+  }                             \
+  namespace avx2 {              \
+  __VA_ARGS__;                  \
+  }                             \
+  namespace avx512 {            \
+  __VA_ARGS__;                  \
+  }
 #define KD_PICK_ISA(function) \
   (::kd::pick(&::kd::avx512::function, &::kd::avx2::function, &::kd::baseline::function))
 #else
 constexpr Isa kCompiledIsas[] = {Isa::kBaseline};
 #define KD_DECLARE_PER_ISA(...) \
-  namespace baseline { __VA_ARGS__; }
+  namespace baseline {          \
+  __VA_ARGS__;                  \
+  }
 #define KD_PICK_ISA(function) (&::kd::baseline::function)
 #endif
 
@@ -49,9 +57,12 @@ void set_isa(const char* isa);
 template <class Function>
 Function* pick(Function* avx512, Function* avx2, Function* baseline) {
   switch (current_isa()) {
-    case Isa::kAvx512: return avx512;
-    case Isa::kAvx2: return avx2;
-    case Isa::kBaseline: break;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kBaseline:
+      break;
   }
   return baseline;
 }

@@ -25,7 +25,9 @@ namespace kd {
 
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 thread_local bool t_in_region = false;
 
@@ -152,8 +154,7 @@ class OwnPool {
 std::atomic<OwnPool*> g_own_pool{nullptr};
 
 OwnPool& own_pool() {
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { g_own_pool.store(nullptr); });
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { g_own_pool.store(nullptr); });
   static_cast<void>(registered);
   OwnPool* pool = g_own_pool.load();
   if (pool != nullptr) return *pool;
@@ -176,7 +177,8 @@ int kdk_threads() {
     char* rest = nullptr;
     const long value = std::strtol(text, &rest, 10);
     KD_CHECK(*rest == '\0' && value >= 1 && value <= kMaxThreads,
-             "KDK_THREADS: expected a whole number from 1 to ", kMaxThreads, ", got \"", text, "\"");
+             "KDK_THREADS: expected a whole number from 1 to ", kMaxThreads, ", got \"", text,
+             "\"");
     return static_cast<int>(value);
   }();
   return threads;
@@ -234,9 +236,13 @@ void parallel_for_range(int64_t begin, int64_t end, int64_t grain, RangeBody bod
   region.rethrow();
 }
 
-int num_threads() { return threads_of(torch_pool()); }
+int num_threads() {
+  return threads_of(torch_pool());
+}
 
-int current_threads() { return t_in_region ? 1 : num_threads(); }
+int current_threads() {
+  return t_in_region ? 1 : num_threads();
+}
 
 void set_num_threads(int threads) {
   KD_CHECK(threads >= 0 && threads <= kMaxThreads, "threads: expected 0 (automatic) to ",

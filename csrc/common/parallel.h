@@ -5,7 +5,8 @@
 // machines. A kernel whose bits must not vary makes each index independent (one row, or one fixed
 // block of rows) and sums over indices in a second pass, in order.
 //
-// Sources compiled per ISA may include this header: no standard library beyond <cstdint>, <cstddef>.
+// Sources compiled per ISA may include this header: no standard library beyond <cstdint>,
+// <cstddef>.
 #pragma once
 
 #include <cstddef>
@@ -18,9 +19,9 @@ namespace kd {
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 
 // Calls body(b, e, context) on pieces [b, e) that cover [begin, end) exactly once. No piece but the
-// last is shorter than `grain`. Runs serially in the caller when one piece is enough, inside another
-// parallel region, or while another thread holds our own pool. The first exception a piece throws
-// is rethrown in the caller after all pieces have ended.
+// last is shorter than `grain`. Runs serially in the caller when one piece is enough, inside
+// another parallel region, or while another thread holds our own pool. The first exception a piece
+// throws is rethrown in the caller after all pieces have ended.
 void parallel_for_range(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
 
 // fn(int64_t begin, int64_t end), by reference: it is called from several threads at once.
@@ -47,8 +48,8 @@ void set_num_threads(int threads);
 const char* thread_pool_name();
 
 // The calling thread's scratch buffer: 64-byte aligned, at least `bytes` long, contents undefined.
-// It grows with demand, lives as long as the thread and has one user at a time: the next call on the
-// same thread hands out the same memory. More than kScratchLimit: std::length_error.
+// It grows with demand, lives as long as the thread and has one user at a time: the next call on
+// the same thread hands out the same memory. More than kScratchLimit: std::length_error.
 constexpr size_t kScratchLimit = size_t{2} << 20;
 float* scratch(size_t bytes);
 

@@ -1,5 +1,6 @@
 // exp2, exp, expm1, log2, log, log1p and pow of VecF, written once over the primitives of each ISA;
-// VecD goes through the C library lane by lane (float64 serves gradcheck, where speed is secondary).
+// VecD goes through the C library lane by lane (float64 serves gradcheck, where speed is
+// secondary).
 //
 // Worst errors against long double, asserted by tests/cpp/test_simd.cpp over the whole range:
 //   exp2, exp2_nonpositive   2.0e-7 relative (exact at integers)       exp      1.5 ulp
@@ -150,10 +151,10 @@ KD_LANES VecF pow(VecF x, VecF y) {
   return select(y == VecF::zero(), VecF(1.0f), exp2(y * log2(x)));
 }
 
-#define KD_LANES_FROM_LIBRARY(name)                                               \
-  KD_LANES VecD name(VecD x) {                                                    \
-    for (int i = 0; i < VecD::kLanes; ++i) x.v[i] = __builtin_##name(x.v[i]);     \
-    return x;                                                                     \
+#define KD_LANES_FROM_LIBRARY(name)                                           \
+  KD_LANES VecD name(VecD x) {                                                \
+    for (int i = 0; i < VecD::kLanes; ++i) x.v[i] = __builtin_##name(x.v[i]); \
+    return x;                                                                 \
   }
 KD_LANES_FROM_LIBRARY(exp2)
 KD_LANES_FROM_LIBRARY(exp)
@@ -163,15 +164,23 @@ KD_LANES_FROM_LIBRARY(log)
 KD_LANES_FROM_LIBRARY(log1p)
 #undef KD_LANES_FROM_LIBRARY
 
-KD_LANES VecD exp2_nonpositive(VecD x) { return exp2(x); }
+KD_LANES VecD exp2_nonpositive(VecD x) {
+  return exp2(x);
+}
 KD_LANES VecD pow(VecD x, VecD y) {
   for (int i = 0; i < VecD::kLanes; ++i) x.v[i] = __builtin_pow(x.v[i], y.v[i]);
   return x;
 }
 
-KD_LANES VecD widen_sum(VecD a) { return a; }
-KD_LANES double reduce_add_double(VecF a) { return reduce_add(widen_sum(a)); }
-KD_LANES double reduce_add_double(VecD a) { return reduce_add(a); }
+KD_LANES VecD widen_sum(VecD a) {
+  return a;
+}
+KD_LANES double reduce_add_double(VecF a) {
+  return reduce_add(widen_sum(a));
+}
+KD_LANES double reduce_add_double(VecD a) {
+  return reduce_add(a);
+}
 
 }  // namespace KDK_ISA_NAMESPACE
 }  // namespace kd

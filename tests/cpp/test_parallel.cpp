@@ -155,8 +155,8 @@ void test_bad_counts() {
 }
 
 void test_scratch() {
-  for (size_t bytes : {size_t{0}, size_t{1}, size_t{1000}, size_t{70000}, size_t{1100000},
-                       kd::kScratchLimit}) {
+  for (size_t bytes :
+       {size_t{0}, size_t{1}, size_t{1000}, size_t{70000}, size_t{1100000}, kd::kScratchLimit}) {
     float* const p = kd::scratch(bytes);
     CHECK(p != nullptr && reinterpret_cast<uintptr_t>(p) % 64 == 0);
     std::memset(p, 0x5a, bytes);

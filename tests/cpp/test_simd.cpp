@@ -93,7 +93,9 @@ float at(Fast fast, float x) {
   return out[0];
 }
 
-bool is_nan_value(float x) { return x != x; }
+bool is_nan_value(float x) {
+  return x != x;
+}
 
 void test_exponentials() {
   const double no_limit = 1e30;
@@ -237,8 +239,8 @@ void check_conversions() {
 class GuardedPage {
  public:
   GuardedPage() : size_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
-    void* memory = mmap(nullptr, 2 * size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                        -1, 0);
+    void* memory =
+        mmap(nullptr, 2 * size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(memory != MAP_FAILED);
     base_ = static_cast<char*>(memory);
     CHECK(mprotect(base_ + size_, size_, PROT_NONE) == 0);
@@ -322,8 +324,7 @@ void check_lanes() {
   CHECK(all((i <= V(S(1))) ^ (i > V(S(1)))) && all((i >= V(S(1))) ^ (i < V(S(1)))));
   CHECK(reduce_add(select(low, V(S(1)), V::zero())) == S(kLanes / 2));
   // select is a blend: NaN on the side that is not taken does not leak.
-  CHECK(reduce_add(select(low, V(S(2)), select(low, V(nan), V(S(1))))) ==
-        S(kLanes / 2 * 3));
+  CHECK(reduce_add(select(low, V(S(2)), select(low, V(nan), V(S(1))))) == S(kLanes / 2 * 3));
 
   const V n(nan);
   CHECK(none(n < n) && none(n == n) && none(n >= n) && all(n != n));
