@@ -35,7 +35,10 @@ def _log_softmax(logits: Tensor, tau: Tensor, columns: int) -> tuple[Tensor, Ten
     top = torch.where(alive.any(-1, keepdim=True), top, torch.zeros_like(top))
     total = torch.where(alive, (scaled - top).exp(), torch.zeros_like(scaled)).sum(-1, keepdim=True)
     total = torch.where(alive.any(-1, keepdim=True), total, torch.ones_like(total))
-    return torch.where(dead, torch.full_like(scaled, _LOWEST), scaled - top - total.log()), dead
+    lse = top + total.log()
+    # Impossible entries still carry the gradient of the log-sum-exp: a forward kind that is infinite
+    # on them has the gradient (P q - p) / tau on the others, with all of p's mass in P.
+    return torch.where(dead, _LOWEST - (lse - lse.detach()), scaled - lse), dead
 
 
 def _mixture(lp: Tensor, lq: Tensor, w: Tensor) -> Tensor:
@@ -205,11 +208,20 @@ def row_values(
         value = value * tau_s**2
     if spec.label_weight:
         log_soft, dead = _log_softmax(z, torch.ones_like(tau_s), int(spec.student_columns))
-        index = torch.where(selected, labels, torch.zeros_like(labels))[:, None]
+        index = _label_index(labels, selected, dead)
         nll = -log_soft.gather(-1, index)[:, 0]
         nll = nll + torch.where(dead.gather(-1, index)[:, 0], torch.inf, 0.0)
         value = value + spec.label_weight * nll
     return torch.where(selected, divergence, zero), torch.where(selected, value, zero)
+
+
+def _label_index(labels: Tensor, selected: Tensor, dead: Tensor) -> Tensor:
+    """Column of each selected row's label (N, 1); a label out of range is an error."""
+    bad = selected & ((labels < 0) | (labels >= dead.shape[-1]))
+    if labels.device.type == "cpu" and bool(bad.any()):
+        worst = int(labels[bad][0])
+        raise ValueError(f"labels: expected 0 to {dead.shape[-1] - 1} or ignore_index, got {worst}")
+    return torch.where(selected & ~bad, labels, torch.zeros_like(labels))[:, None]
 
 
 def _widen(log_probability: Tensor, dead: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -245,6 +257,8 @@ def unit_factors(
     if spec.reduction == S.BATCHMEAN:
         return unit / spec.batch
     if spec.reduction == S.SEQUENCE_MEAN:
+        if counted.numel() == 0:
+            return unit
         counted = counted.reshape(int(spec.batch), -1)
         per_entry = counted.sum(-1, keepdim=True)
         entries = (per_entry > 0).sum().clamp(min=1)

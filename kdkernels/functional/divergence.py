@@ -324,8 +324,6 @@ def _spec(
             raise ValueError(f"num_items: goes with reduction 'mean', got {reduction!r}")
     if clip is not None:
         clip = check_number(clip, "clip", positive=True)
-    if numbers.get("detach_mixture") and names != ("skew_reverse_kl",):
-        raise ValueError("detach_mixture: goes with kind 'skew_reverse_kl' alone")
     columns = _columns(vocab_size, "vocab_size", width)
     teacher_columns = 0
     if teacher_width is not None:
@@ -440,11 +438,21 @@ def _check_inplace(
         raise ValueError("inplace: student is a leaf that requires grad; it would be overwritten")
     if any(n > 1 and s == 0 for n, s in zip(student.shape, student.stride())):
         raise ValueError("inplace: student is expanded; its rows share memory")
-    if torch._debug_has_internal_overlap(student) == 1:
+    if _overlaps(student):
         raise ValueError("inplace: student overlaps itself in memory")
     if teacher is not None and teacher.data_ptr() == student.data_ptr():
         raise ValueError("inplace: student and teacher are the same memory")
     return True
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some stride is shorter than what lies inside it."""
+    extent = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False
 
 
 def _debug(

@@ -140,6 +140,8 @@ def program(
         TypeError: `kind`, `beta` or `alpha` of another type.
     """
     pairs = _pairs(kind)
+    if detach_mixture and tuple(name for name, _ in pairs) != ("skew_reverse_kl",):
+        raise ValueError(f"detach_mixture: goes with kind 'skew_reverse_kl' alone, got {kind!r}")
     numbers: dict[str, float] = {}
     tensors: dict[str, tuple[str, Tensor]] = {}
     parametric = [name for name, _ in pairs if KINDS[name].parameters]
