@@ -69,7 +69,7 @@ def logits_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 def make_logits(
     shape: Sequence[int], dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(student, teacher), each (N, V): teacher of standard deviation 3, student 1.5 away from it."""
+    """(student, teacher), each (N, V): the teacher has std 3, the student is 1.5 away from it."""
     generator = torch.Generator(device=device).manual_seed(0)
     teacher = torch.empty(shape, dtype=dtype, device=device).normal_(0, 3, generator=generator)
     student = torch.empty(shape, dtype=dtype, device=device).normal_(0, 1.5, generator=generator)
@@ -93,7 +93,10 @@ def peer_variants(
     ]
 
 
-def forward_kl_gradient(shape: Sequence[int], dtype: torch.dtype, settings: Settings):
+def forward_kl_gradient(
+    shape: Sequence[int], dtype: torch.dtype, settings: Settings
+) -> list[Variant]:
+    """Loss and gradient, into a fresh gradient and over the student logits."""
     student, teacher = make_logits(shape, dtype, settings.device)
     ours = functools.partial(kd.divergence, kind="forward_kl", temperature=TEMPERATURE)
     state: dict[str, torch.Tensor] = {}
@@ -115,7 +118,8 @@ def forward_kl_gradient(shape: Sequence[int], dtype: torch.dtype, settings: Sett
     ]
 
 
-def forward_kl_value(shape: Sequence[int], dtype: torch.dtype, settings: Settings):
+def forward_kl_value(shape: Sequence[int], dtype: torch.dtype, settings: Settings) -> list[Variant]:
+    """The loss alone: nothing requires grad."""
     student, teacher = make_logits(shape, dtype, settings.device)
     student.requires_grad_(False)
     ours = functools.partial(kd.divergence, kind="forward_kl", temperature=TEMPERATURE)
@@ -127,7 +131,8 @@ def forward_kl_value(shape: Sequence[int], dtype: torch.dtype, settings: Setting
     ]
 
 
-def jensen_shannon(shape: Sequence[int], dtype: torch.dtype, settings: Settings):
+def jensen_shannon(shape: Sequence[int], dtype: torch.dtype, settings: Settings) -> list[Variant]:
+    """Loss and gradient at beta 0.5."""
     student, teacher = make_logits(shape, dtype, settings.device)
     ours = functools.partial(kd.divergence, kind="jensen_shannon", temperature=TEMPERATURE)
     found = peers.jensen_shannon_peers(0.5, TEMPERATURE, not settings.quick, settings.peers)
@@ -137,7 +142,8 @@ def jensen_shannon(shape: Sequence[int], dtype: torch.dtype, settings: Settings)
     ]
 
 
-def overhead(backward: bool, settings: Settings):
+def overhead(backward: bool, settings: Settings) -> list[Variant]:
+    """What a call costs when there is nothing to compute."""
     student, teacher = make_logits((4, 16), torch.float32, settings.device)
     student.requires_grad_(backward)
     eager = peers.eager_forward_kl(TEMPERATURE)
@@ -156,7 +162,8 @@ def overhead(backward: bool, settings: Settings):
     return found
 
 
-def head(shape: Sequence[int], dtype: torch.dtype, settings: Settings):
+def head(shape: Sequence[int], dtype: torch.dtype, settings: Settings) -> list[Variant]:
+    """Loss and both gradients from hidden states and two heads."""
     rows, width, vocabulary = shape
     generator = torch.Generator(device=settings.device).manual_seed(0)
 

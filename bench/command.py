@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import os
 import pkgutil
@@ -16,8 +15,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 
-# glibc gives every large temporary back to the kernel and faults its pages in again at the next call.
-# "warm" keeps the heap, which compares kernels instead of page faults; users see "default".
+# glibc gives every large temporary back to the kernel and faults its pages in again at the next
+# call. "warm" keeps the heap, which compares kernels instead of page faults; users see "default".
 WARM_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "20000000000",
@@ -44,9 +43,10 @@ def slug(text: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m kdkernels bench",
-        description="Measures kdkernels and its peers in one run; writes CSVs, prints a line a row.",
+        description="Measures kdkernels and its peers in one run; writes CSVs.",
     )
     parser.add_argument("--family", nargs="+", choices=families(), default=None, metavar="FAMILY")
     parser.add_argument("--peers", action="store_true", help="with the installed third-party peers")
@@ -167,4 +167,4 @@ def _device_name(device: str) -> str:
 
 
 def _today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return time.strftime("%Y-%m-%d", time.gmtime())

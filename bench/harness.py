@@ -7,7 +7,6 @@ cannot be built or fails becomes a row whose note says why, and the others go on
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import gc
 import os
@@ -26,7 +25,7 @@ STREAM = "stream, 2 reads + 1 write"
 
 
 class MissingPeerError(Exception):
-    """A peer that is not installed, or cannot run on this device; the text becomes the row's note."""
+    """A peer that is not installed or cannot run on this device; its text becomes the note."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +74,15 @@ class Settings:
     deadline: float | None = None  # time.monotonic() after which no further run starts
 
     def selects_case(self, name: str) -> bool:
+        """Whether to measure this case."""
         return not self.cases or any(part in name for part in self.cases)
 
     def selects_variant(self, name: str) -> bool:
+        """Whether to measure this variant."""
         return not self.variants or any(part in name for part in self.variants)
 
     def is_late(self) -> bool:
+        """Whether the time limit is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
 
@@ -133,8 +135,8 @@ def _flush_buffer() -> torch.Tensor:
 def peak_extra_bytes(step: Step, device: str) -> int | None:
     """Most memory held at once during one call beyond what was held before it; None if unknown.
 
-    CPU: the resident peak (VmHWM), reset through /proc/self/clear_refs. It counts pages, so it means
-    something for tensors that malloc maps (over 32 MiB), in the default regime.
+    CPU: the resident peak (VmHWM), reset through /proc/self/clear_refs. It counts pages, so it
+    means something for tensors that malloc maps (over 32 MiB), in the default regime.
     """
     step.prepare()
     gc.collect()
@@ -207,12 +209,11 @@ def describe_machine(device: str) -> dict[str, object]:
         name, isa = torch.cuda.get_device_name(), f"sm_{major}{minor}"
     else:
         name, isa = _cpu_name_and_isa()
-    now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "device": name,
         "isa": isa,
         "threads": torch.get_num_threads(),
-        "date": now.strftime("%Y-%m-%dT%H:%MZ"),
+        "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
         "commit": commit(),
         "versions": versions(),
     }
@@ -273,7 +274,7 @@ def measure_case(
     settings: Settings,
     timer: Callable[[Step, int], float] | None = None,
 ) -> list[Row]:
-    """All rows of a case: `runs` repetitions of `rounds` rounds, each round timing every variant once.
+    """All rows of a case: `runs` runs of `rounds` rounds, each timing every variant once.
 
     The order rotates by one from round to round, so no variant always follows the same neighbour.
     """
@@ -295,27 +296,8 @@ def measure_case(
     # One code object compiled for many shapes meets torch.compile's recompile limit, after which it
     # silently runs eagerly: every case starts with an empty cache.
     torch.compiler.reset()
-    failures: dict[str, str] = {}
-    notes: dict[str, str] = {}
-    memory: dict[str, float | None] = {}
-    steps: dict[str, Step] = {}
-    for variant in case.setup():
-        if not settings.selects_variant(variant.name):
-            continue
-        notes[variant.name] = variant.note
-        try:
-            step = variant.build()
-            for _ in range(settings.warmup):
-                timer(step, 1)
-            memory[variant.name] = _extra_memory(step, case, settings)
-            steps[variant.name] = step
-        except Exception as error:  # whatever a peer throws is its result, not ours
-            failures[variant.name] = describe_failure(error)
-            _release(cuda)
-    rows = [
-        dataclasses.replace(base, variant=name, note=text, bytes=None)
-        for name, text in failures.items()
-    ]
+    steps, notes, memory, failures = _build(case, settings, timer)
+    rows = [dataclasses.replace(base, variant=name, note=text) for name, text in failures.items()]
     stream_bytes = None
     if case.bytes is not None and steps:
         steps[STREAM], stream_bytes, notes[STREAM] = stream_step(settings.device, settings.quick)
@@ -330,10 +312,11 @@ def measure_case(
         stream = None
         if STREAM in samples:
             stream = stream_bytes / records.quartiles(samples[STREAM])[1] / 1e6
+            # Its row says how long the case's bytes take at that rate.
+            samples[STREAM] = [time * case.bytes / stream_bytes for time in samples[STREAM]]
         for name, times in samples.items():
             q1, median, q3 = records.quartiles(times)
-            moved = stream_bytes if name == STREAM else case.bytes
-            rate = None if moved is None else moved / median / 1e6
+            rate = None if case.bytes is None else case.bytes / median / 1e6
             rows.append(
                 dataclasses.replace(
                     base,
@@ -342,7 +325,6 @@ def measure_case(
                     median_ms=median,
                     q1_ms=q1,
                     q3_ms=q3,
-                    bytes=moved,
                     gb_s=rate,
                     stream_gb_s=stream,
                     stream_share=rate / stream if rate and stream else None,
@@ -355,6 +337,36 @@ def measure_case(
     return rows
 
 
+def _build(
+    case: Case, settings: Settings, timer: Callable[[Step, int], float]
+) -> tuple[dict[str, Step], dict[str, str], dict[str, float | None], dict[str, str]]:
+    """(steps, notes, extra memory, failures) by variant; every step has run `warmup` times."""
+    steps: dict[str, Step] = {}
+    notes: dict[str, str] = {}
+    memory: dict[str, float | None] = {}
+    failures: dict[str, str] = {}
+    try:
+        variants = case.setup()
+    except Exception as error:
+        return steps, notes, memory, {"all": describe_failure(error)}
+    for variant in variants:
+        if not settings.selects_variant(variant.name):
+            continue
+        notes[variant.name] = variant.note
+        try:
+            step = variant.build()
+            for _ in range(settings.warmup):
+                timer(step, 1)
+            memory[variant.name] = _extra_memory(step, case, settings)
+            steps[variant.name] = step
+        except Exception as error:  # whatever a peer throws is its result, not ours
+            failures[variant.name] = describe_failure(error)
+        # After the handler: while it runs, the traceback still holds what the variant allocated.
+        if variant.name in failures:
+            _release(settings.device == "cuda")
+    return steps, notes, memory, failures
+
+
 def _interleave(
     steps: dict[str, Step],
     calls: int,
@@ -362,7 +374,7 @@ def _interleave(
     timer: Callable[[Step, int], float],
     failures: dict[str, str],
 ) -> dict[str, list[float]]:
-    """Times of every variant, one a round; a variant that fails is left out and told in `failures`."""
+    """Times of every variant, one a round; one that fails moves to `failures`."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for index in range(rounds):
@@ -379,8 +391,8 @@ def _interleave(
 
 
 def _extra_memory(step: Step, case: Case, settings: Settings) -> float | None:
-    # A warm heap keeps its pages, and malloc maps a block of its own only above 32 MiB: in both cases
-    # the resident peak says nothing about what the call needed.
+    # A warm heap keeps its pages, and malloc maps a block of its own only above 32 MiB: in both
+    # cases the resident peak says nothing about what the call needed.
     if case.unit_bytes is None or settings.regime == "warm":
         return None
     if settings.device == "cpu" and case.unit_bytes <= 32 << 20:
@@ -425,7 +437,7 @@ def run_cases(
     path: Path,
     show: Callable[[str], None] = print,
 ) -> int:
-    """Measures the selected cases one after another, appends to the CSV, returns the number of rows."""
+    """Measures the selected cases in turn, appends to the CSV, returns the number of rows."""
     count = 0
     for case in cases:
         if not settings.selects_case(case.name):

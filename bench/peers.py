@@ -29,7 +29,7 @@ HeadLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], to
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A name for the table, a loader that may raise MissingPeerError, and what differs from ours."""
+    """A name for the table, a loader that may raise MissingPeerError, what differs from ours."""
 
     name: str
     load: Callable[[], Callable[..., torch.Tensor]]
@@ -314,7 +314,7 @@ def liger_fused_linear_jsd(temperature: float) -> HeadLoss:
 
 
 def orda_distillation(temperature: float) -> HeadLoss:
-    """orda-kernel: distillation_loss with the KL term alone; it multiplies by tau^2, undone here."""
+    """orda-kernel: distillation_loss, KL term alone; it multiplies by tau^2, undone here."""
     _require_cuda("orda-kernel's fused kernels")
     module = import_peer("orda_kernel")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A variant's result in one run of one case. Empty times mean that it did not run: `note` says why."""
+    """A variant in one run of one case. Empty times: it did not run, and `note` says why."""
 
     family: str
     case: str
@@ -106,7 +106,7 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 def second_best(values: Sequence[float], largest: bool = False) -> float:
     """The second best of several runs, so that neither a lucky nor an unlucky run sets a bar.
 
-    Times are best when small; ratios in our favour (`largest=True`) when large. One value is itself.
+    Times are best when small, ratios in our favour when large (`largest=True`).
     """
     if not values:
         raise ValueError("values: expected at least one run, got none")
