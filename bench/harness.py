@@ -6,6 +6,7 @@ cannot be built or fails becomes a row whose note says why, and the others go on
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -101,6 +102,16 @@ def milliseconds_cpu(step: Step, calls: int = 1) -> float:
     return elapsed * 1e3 / calls
 
 
+def milliseconds_cpu_default(step: Step, calls: int = 1) -> float:
+    """The same with an empty heap at the start: the regime "default".
+
+    Blocks below 32 MiB come from malloc's heap, and what one variant leaves free there, the next
+    one would find without page faults: its time would depend on its neighbours.
+    """
+    _return_free_pages()
+    return milliseconds_cpu(step, calls)
+
+
 def milliseconds_cuda(step: Step, calls: int = 1) -> float:
     """Device time of one call between two events, or host time where `calls` asks for overhead."""
     step.prepare()
@@ -129,14 +140,20 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
 
+def _timer(settings: Settings) -> Callable[[Step, int], float]:
+    if settings.device == "cuda":
+        return milliseconds_cuda
+    return milliseconds_cpu_default if settings.regime == "default" else milliseconds_cpu
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 
 def peak_extra_bytes(step: Step, device: str) -> int | None:
     """Most memory held at once during one call beyond what was held before it; None if unknown.
 
-    CPU: the resident peak (VmHWM), reset through /proc/self/clear_refs. It counts pages, so it
-    means something for tensors that malloc maps (over 32 MiB), in the default regime.
+    CPU: the resident peak (VmHWM), reset through /proc/self/clear_refs, after malloc has returned
+    what it holds free. Outputs count: a fresh gradient is one logits tensor.
     """
     step.prepare()
     gc.collect()
@@ -148,6 +165,7 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
+        _return_free_pages()
         try:
             Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
@@ -157,6 +175,14 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
         peak = _status_bytes("VmHWM")
     del result
     return max(0, peak - before)
+
+
+def _return_free_pages() -> None:
+    # Free pages that malloc keeps would be used again without page faults and without raising the
+    # peak: a peer that works in blocks below 32 MiB would seem to need almost nothing.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(key: str) -> int:
@@ -280,7 +306,7 @@ def measure_case(
     """
     cuda = settings.device == "cuda"
     if timer is None:
-        timer = milliseconds_cuda if cuda else milliseconds_cpu
+        timer = _timer(settings)
     base = Row(
         family=family,
         case=case.name,
@@ -391,8 +417,8 @@ def _interleave(
 
 
 def _extra_memory(step: Step, case: Case, settings: Settings) -> float | None:
-    # A warm heap keeps its pages, and malloc maps a block of its own only above 32 MiB: in both
-    # cases the resident peak says nothing about what the call needed.
+    # A warm heap keeps its pages, and the resident size is too coarse for small tensors: in both
+    # cases the peak says nothing about what the call needed.
     if case.unit_bytes is None or settings.regime == "warm":
         return None
     if settings.device == "cpu" and case.unit_bytes <= 32 << 20:

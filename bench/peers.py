@@ -45,10 +45,9 @@ def eager_forward_kl(temperature: float, upcast: bool = False) -> LogitsLoss:
     """What one writes by hand; `upcast` first makes half logits float32."""
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        if upcast:
-            student, teacher = student.float(), teacher.float()
-        log_q = F.log_softmax(student / temperature, dim=-1)
-        log_p = F.log_softmax(teacher / temperature, dim=-1)
+        # In one expression, so that no copy outlives its use: the peer at its best.
+        log_q = F.log_softmax((student.float() if upcast else student) / temperature, dim=-1)
+        log_p = F.log_softmax((teacher.float() if upcast else teacher) / temperature, dim=-1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
     return loss

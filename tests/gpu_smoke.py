@@ -3,9 +3,9 @@
     python tests/gpu_smoke.py [--device cuda] [FAMILY ...]
 
 Sanitizers slow kernels down a hundredfold, so shapes are tiny: one with a tail that fills no
-vector, one that fills several blocks. A family registers with `@family("name")`; its function runs forward
-and backward and returns the number of calls. Values are the tests' business; this script only looks
-for results that are not finite.
+vector, one that fills several blocks. A family registers with `@family("name")`; its function runs
+forward and backward and returns the number of calls. Values are the tests' business; this script
+only looks for results that are not finite.
 """
 
 from __future__ import annotations

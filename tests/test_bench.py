@@ -225,6 +225,15 @@ def test_prepare_runs_before_every_call_and_is_not_timed(monkeypatch):
     assert clock[0] == pytest.approx(10.0 + 5 * 0.002)
 
 
+@pytest.mark.parametrize(("regime", "expected"), [("default", 4), ("warm", 0)])
+def test_only_the_default_regime_starts_from_an_empty_heap(monkeypatch, regime, expected):
+    trims = []
+    monkeypatch.setattr(harness, "_return_free_pages", lambda: trims.append(1))
+    variants = [harness.Variant("a", lambda: harness.Step(lambda: None))]
+    harness.measure_case("family", make_case(variants), fast_settings(runs=1, regime=regime))
+    assert len(trims) == expected  # one warm-up, three rounds
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_extra_memory_counts_what_a_call_holds():
     unit = 64 << 20
@@ -238,6 +247,23 @@ def test_peak_extra_memory_counts_what_a_call_holds():
     if extra is None:
         pytest.skip("/proc/self/clear_refs cannot be written here")
     assert 1.9 * unit < extra < 2.3 * unit
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_extra_memory_counts_blocks_that_malloc_kept():
+    unit = 16 << 20
+
+    def allocate():
+        return [torch.ones(unit, dtype=torch.uint8) for _ in range(6)]
+
+    step = harness.Step(allocate)
+    torch.ones(31 << 20, dtype=torch.uint8)  # freeing it raises malloc's threshold for mapping
+    for _ in range(3):
+        step.run()  # leaves free pages in the heap
+    extra = harness.peak_extra_bytes(step, "cpu")
+    if extra is None:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert 5.7 * unit < extra < 7 * unit
 
 
 # Cases --------------------------------------------------------------------------------------------
