@@ -76,8 +76,8 @@ def test_quartiles_of_one_and_of_none():
 
 
 def test_second_best():
-    assert records.second_best([3.0, 1.0, 2.0]) == 2.0
-    assert records.second_best([5.0, 1.0, 4.0], largest=True) == 4.0
+    assert records.second_best([5.0, 1.0, 4.0, 2.0]) == 2.0
+    assert records.second_best([5.0, 1.0, 4.0, 2.0], largest=True) == 4.0
     assert records.second_best([1.0, 9.0]) == 9.0
     assert records.second_best([7.0]) == 7.0
     with pytest.raises(ValueError, match="values"):
