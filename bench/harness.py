@@ -153,7 +153,9 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
     """Most memory held at once during one call beyond what was held before it; None if unknown.
 
     CPU: the resident peak (VmHWM), reset through /proc/self/clear_refs, after malloc has returned
-    what it holds free. Outputs count: a fresh gradient is one logits tensor.
+    what it holds free. Outputs count: a fresh gradient is one logits tensor. Free regions that an
+    earlier variant's blocks below 32 MiB left in the heap are not returned within a call, so a
+    variant measured after such a one may count up to one tensor too many; alone it does not.
     """
     step.prepare()
     gc.collect()
