@@ -33,7 +33,7 @@ def check_number(value: object, argument: str, *, positive: bool = False) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
     value = float(value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # a comparison that torch.compile can trace
         raise ValueError(f"{argument}: expected a finite number, got {value!r}")
     if positive and value <= 0.0:
         raise ValueError(f"{argument}: expected a number > 0, got {value!r}")
