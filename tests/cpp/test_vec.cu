@@ -22,7 +22,7 @@ void check_copy() {
   static_assert(sizeof(Vec<T, N>) == N * sizeof(T));
   static_assert(alignof(Vec<T, N>) == (sizeof(T) * N < 16 ? sizeof(T) * N : 16));
   Buffer<T> in(32 * N), out(96 * N);
-  for (int i = 0; i < 32 * N; ++i) in[i] = cast<T>(static_cast<float>(i % 200));
+  for (int i = 0; i < 32 * N; ++i) in[i] = to_storage<T>(static_cast<float>(i % 200));
   run(copy_kernel<T, N>, 1, 32, 0, out.data(), static_cast<const T*>(in.data()));
   for (int i = 0; i < 96 * N; ++i) CHECK(to_float(out[i]) == i % (32 * N) % 200);
 }
@@ -83,9 +83,9 @@ void check_chunks() {
     for (int offset_a = 0; offset_a < 9; ++offset_a) {
       for (int offset_b = 0; offset_b < 9; ++offset_b) {
         Buffer<A> a(n + 2 * kPad);
-        Buffer<B> b(n + 2 * kPad, cast<B>(3.0f));
+        Buffer<B> b(n + 2 * kPad, to_storage<B>(3.0f));
         Buffer<float> seen(1);
-        for (size_t i = 0; i < a.size(); ++i) a[i] = cast<A>(static_cast<float>(i));
+        for (size_t i = 0; i < a.size(); ++i) a[i] = to_storage<A>(static_cast<float>(i));
         run(chunks_kernel<A, B, W>, 1, 4, 0, b.data() + offset_b,
             static_cast<const A*>(a.data() + offset_a), n, seen.data());
         CHECK(seen[0] == n);
