@@ -110,8 +110,8 @@ TEST(chunks_cover_each_element_once_at_any_alignment) {
 }
 
 TEST(chunks_use_the_widest_common_grid) {
-  alignas(64) float f[64];
-  alignas(64) bf16 h[64];
+  alignas(64) float f[64] = {};
+  alignas(64) bf16 h[64] = {};
   const int64_t n = 40;
   CHECK(RowChunks<8>(n, f).width() == 8 && RowChunks<8>(n, f).shift() == 0);
   // Eight floats are two accesses of four: only the grid of four counts.
