@@ -1,0 +1,318 @@
+// The maths of every divergence, once, for scalars (CUDA, float64) and SIMD lanes (CPU).
+//
+// A row needs three sums over the vocabulary:
+//   value    D = sum_v generator(p_v, q_v)                     non-negative term by term
+//   student  S = sum_v s_v,  s_v = q_v dD/dq_v (+ const q_v)   so  dD/dz_v = (s_v - q_v S) / tau_s
+//   teacher  T = sum_v t_v,  t_v = p_v dD/dp_v (+ const p_v)   so  dD/da_v = (t_v - p_v T) / tau_t
+// (a constant multiple of q_v in s_v cancels in s_v - q_v S because sum q = 1).
+//
+// Everything is a function of p, q and d = log p - log q. d comes from the difference of the logits,
+// not from two rounded logarithms; that, and generators without first-order terms, keeps a value of
+// 1e-7 nats right to 1e-5.
+//
+// Zeros. p = 0 or q = 0 makes d infinite, and NaN where both are 0. Every product with d is selected
+// by its probability, so 0 * inf never reaches a sum. S or T that is infinite (a reverse kind with
+// p = 0 < q) means gradient 0; the row kernels decide that once a row.
+#pragma once
+
+#include "common/macros.h"
+#include "common/scalar.h"
+#include "divergence/divergence.h"
+
+namespace kd {
+
+// One vocabulary entry.
+template <class F>
+struct Entry {
+  F p, q;    // teacher, student probability
+  F d;       // log p - log q (natural)
+  F lp, lq;  // log p, log q (natural)
+};
+
+template <class F>
+struct Terms {
+  F value, student, teacher;
+};
+
+// Coefficients of one row, resolved from the spec and the per-row parameters. S is a scalar.
+template <class S>
+struct RowKind {
+  S forward_kl, reverse_kl, cross_entropy, entropy;  // linear group
+  S other;                                           // coefficient of the kind below
+  S to_teacher, to_student, mix, mix_student;        // A KL(p||M) + B KL(q||M), M = mix p + ...
+  S total_variation, squared_hellinger, triangular, chi_squared;
+  S alpha, beta;
+};
+
+template <class S>
+KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second) {
+  const Kind kind = static_cast<Kind>(static_cast<int>(spec.kind));
+  RowKind<S> c = {};
+  c.forward_kl = S(spec.forward_kl);
+  c.reverse_kl = S(spec.reverse_kl);
+  c.cross_entropy = S(spec.cross_entropy);
+  c.entropy = S(spec.entropy);
+  c.other = S(spec.other);
+  c.mix_student = spec.detach_mixture != 0 ? S(0) : S(1);
+  switch (kind) {
+    case Kind::kJensenShannon:
+      // The ends are forward and reverse KL, the trainers' convention, not the limits (which are 0).
+      c.to_teacher = first == S(0) ? S(1) : first == S(1) ? S(0) : first;
+      c.to_student = S(1) - c.to_teacher;
+      c.mix = first;
+      break;
+    case Kind::kSkewForward:
+      c.to_teacher = S(1);
+      c.mix = first;
+      break;
+    case Kind::kSkewReverse:
+      c.to_student = S(1);
+      c.mix = S(1) - first;
+      break;
+    case Kind::kTotalVariation: c.total_variation = S(1); break;
+    case Kind::kSquaredHellinger: c.squared_hellinger = S(1); break;
+    case Kind::kTriangular: c.triangular = S(1); break;
+    case Kind::kChiSquared: c.chi_squared = S(1); break;
+    case Kind::kAlphaBeta:
+      c.alpha = first;
+      c.beta = second;
+      break;
+    case Kind::kAlpha:
+      c.alpha = first;
+      c.beta = S(1) - first;
+      break;
+    case Kind::kNone: break;
+  }
+  return c;
+}
+
+// e^-x - 1 + x for |x| < 1/4, accurate relative to its own size (x^2 / 2 near 0). Taylor; the first
+// term left out is 3e-7 of the value in the worst case x = -1/4 at degree 6, 4e-13 at degree 9.
+template <class F>
+KD_HOST_DEVICE F small_gap(F x) {
+  F r = F(-1.0 / 39916800);
+  r = fma(r, x, F(1.0 / 3628800));
+  r = fma(r, x, F(-1.0 / 362880));
+  r = fma(r, x, F(1.0 / 40320));
+  r = fma(r, x, F(-1.0 / 5040));
+  r = fma(r, x, F(1.0 / 720));
+  r = fma(r, x, F(-1.0 / 120));
+  r = fma(r, x, F(1.0 / 24));
+  r = fma(r, x, F(-1.0 / 6));
+  r = fma(r, x, F(0.5));
+  return r * x * x;
+}
+
+// x y with 0 where x is 0, even for infinite or NaN y. x >= 0.
+template <class F>
+KD_HOST_DEVICE F zero_times(F x, F y) {
+  return select(x > F(0), x * y, F(0));
+}
+
+// p (e^-d - 1 + d) with q = p e^-d: the generator of KL(p || q). `difference` is q - p.
+template <class F>
+KD_HOST_DEVICE F kl_generator(F p, F difference, F d) {
+  const F direct = max(difference + zero_times(p, d), F(0));
+  return select(abs(d) < F(0.25), p * small_gap(d), direct);
+}
+
+template <class F, class S>
+KD_HOST_DEVICE Terms<F> linear_terms(const Entry<F>& e, const RowKind<S>& c) {
+  const F pq = e.q - e.p;
+  const F log_q_p = zero_times(e.p, e.lq), log_q_q = zero_times(e.q, e.lq);
+  const F forward = kl_generator(e.p, pq, e.d);
+  const F reverse = kl_generator(e.q, -pq, -e.d);
+  const F f(c.forward_kl), r(c.reverse_kl), x(c.cross_entropy), h(c.entropy);
+  Terms<F> t;
+  t.value = select(f != F(0), f * forward, F(0)) + select(r != F(0), r * reverse, F(0)) -
+            select(x != F(0), x * log_q_p, F(0)) - select(h != F(0), h * log_q_q, F(0));
+  t.student = (f + x) * pq - select(r != F(0), r * zero_times(e.q, e.d), F(0)) -
+              select(h != F(0), h * log_q_q, F(0));
+  t.teacher = select(f != F(0), f * zero_times(e.p, e.d), F(0)) - r * pq -
+              select(x != F(0), x * log_q_p, F(0));
+  return t;
+}
+
+// A KL(p || M) + B KL(q || M) with M = w p + (1 - w) q.
+template <class F, class S>
+KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
+  const auto above = e.d >= F(0);  // p >= q
+  const F w(c.mix), v(S(1) - c.mix);
+  // The larger of p and q is the base: smaller = base (1 + t), M = base (1 + y).
+  const F distance = abs(e.d);
+  const F t = expm1(-distance);
+  const F share = select(above, v, w);  // the smaller one's share of M
+  const auto bare = share == F(1);      // M is the smaller one itself
+  const F y = share * t;
+  const F log_base = select(bare, distance, -log1p(y));  // log(base / M)
+  const F inverse = select(bare, F(0), F(1) / (F(1) + y));
+  const F log_other = select(bare, F(0), log_base - distance);
+  const F other_ratio = select(bare, F(1), (F(1) + t) * inverse);
+  const F xp = select(above, log_base, log_other), xq = select(above, log_other, log_base);
+  const F rp = select(above, inverse, other_ratio), rq = select(above, other_ratio, inverse);
+  const F pq = select(above, -e.p * t, e.q * t);  // p - q
+  const F A(c.to_teacher), B(c.to_student);
+  const F slant = (A * v - B * w) * pq;  // A (p - M) + B (q - M); 0 for Jensen-Shannon
+  Terms<F> out;
+  out.value = select(A > F(0), A * kl_generator(e.p, -v * pq, xp), F(0)) +
+              select(B > F(0), B * kl_generator(e.q, w * pq, xq), F(0));
+  out.student = select(B > F(0), B * zero_times(e.q, xq), F(0)) -
+                zero_times(e.q, F(c.mix_student) * v * rq * slant);
+  out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) - zero_times(e.p, w * rp * slant);
+  // An entry where both are 0 has d = NaN and adds nothing.
+  const auto exists = max(e.p, e.q) > F(0);
+  return {select(exists, out.value, F(0)), select(exists, out.student, F(0)),
+          select(exists, out.teacher, F(0))};
+}
+
+template <class F, class S>
+KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c) {
+  const auto above = e.d >= F(0);
+  const F distance = abs(e.d);
+  const F base = select(above, e.p, e.q);
+  // smaller = base (1 + t), sqrt(p q) = base (1 + u).
+  const F u = expm1(F(-0.5) * distance);
+  const F t = u * (F(2) + u);
+  const F ratio = F(1) + t;
+  const F signed_t = select(above, -t, t);        // (p - q) / base
+  const F r = signed_t / (F(2) + t);              // (p - q) / (p + q)
+  const F tv(c.total_variation), h(c.squared_hellinger), tri(c.triangular), chi(c.chi_squared);
+  const F half(0.5), two(2), zero(0);
+  Terms<F> out;
+  // chi-squared divides by q: the base itself when q >= p, else base (1 + t).
+  const F chi_scale = select(above, F(1) / ratio, F(1));
+  out.value = base * (half * tv * abs(t) + half * h * u * u + tri * abs(t * r)) +
+              select(chi != zero, chi * base * t * t * chi_scale, zero);
+  const F sign = select(e.d > zero, F(-1), select(e.d < zero, F(1), zero));  // of q - p
+  out.student = half * tv * e.q * sign + half * h * base * select(above, t - u, -u) -
+                tri * e.q * r * (two + r) -
+                select(chi != zero, chi * base * signed_t * (two + t) * chi_scale, zero);
+  out.teacher = half * h * base * select(above, -u, t - u) - half * tv * e.p * sign +
+                tri * e.p * r * (two - r) +
+                select(chi != zero,
+                       two * chi * base * signed_t * select(above, chi_scale, ratio), zero);
+  const auto exists = base > zero;
+  return {select(exists, out.value, zero), select(exists, out.student, zero),
+          select(exists, out.teacher, zero)};
+}
+
+// The AB divergence (Cichocki et al.; teacher exponent alpha, student exponent beta), with its true
+// limits on the axes. With P = p^s, Q = q^s, W = p^alpha q^beta, s = alpha + beta and the generator
+// g(x, y, l) = y - x + x l (y = x e^-l):
+//   D = [g(P, Q, s d) / s - g(P, W, beta d) / beta] / alpha      where |alpha| >= |beta|
+//     = [g(Q, P, -s d) / s - g(Q, W, -alpha d) / alpha] / beta   elsewhere
+// Neither cancels as the small exponent goes to 0.
+template <class F, class S>
+KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
+  const S alpha = c.alpha, beta = c.beta, s = alpha + beta;
+  const F zero(0);
+  const F d = select(max(e.p, e.q) > zero, e.d, zero);
+  if (alpha == S(0) && beta == S(0)) {
+    return {F(0.5) * d * d, -d, d};
+  }
+  // Finite stand-ins for log 0, so that a zero exponent times log 0 is 0 and any other gives 0 or
+  // inf after exp.
+  const F lp = max(e.lp, F(-30000)), lq = max(e.lq, F(-30000));
+  F P = e.p, Q = e.q;
+  if (s != S(1)) {
+    P = exp(F(s) * lp);
+    Q = exp(F(s) * lq);
+  }
+  const F W = exp(fma(F(alpha), lp, F(beta) * lq));
+  const bool teacher_side = abs(alpha) >= abs(beta);
+  const S big = teacher_side ? alpha : beta, little = teacher_side ? beta : alpha;
+  const F base = select(teacher_side, P, Q), other = select(teacher_side, Q, P);
+  const F sd = select(teacher_side, d, -d);
+  F value = zero;
+  if (s != S(0)) value = kl_generator(base, other - base, F(s) * sd) * F(S(1) / s);
+  if (little != S(0)) {
+    value = value - kl_generator(base, W - base, F(little) * sd) * F(S(1) / little);
+  }
+  Terms<F> out;
+  out.value = value * F(S(1) / big);
+  // (Q - W) / alpha and (P - W) / beta; their limits are -Q d and P d.
+  if (alpha != S(0)) {
+    const F x = F(alpha) * d;
+    out.student = select(abs(x) < F(0.25), -Q * expm1(x), Q - W) * F(S(1) / alpha);
+  } else {
+    out.student = -zero_times(Q, d);
+  }
+  if (beta != S(0)) {
+    const F x = F(beta) * d;
+    out.teacher = select(abs(x) < F(0.25), -P * expm1(-x), P - W) * F(S(1) / beta);
+  } else {
+    out.teacher = zero_times(P, d);
+  }
+  return out;
+}
+
+// All terms of an entry: the linear group plus one kind of group G.
+template <DivergenceGroup G, class F, class S>
+KD_HOST_DEVICE Terms<F> terms(const Entry<F>& e, const RowKind<S>& c) {
+  if constexpr (G == DivergenceGroup::kLinear) {
+    return linear_terms(e, c);
+  } else {
+    Terms<F> out;
+    if constexpr (G == DivergenceGroup::kMixture) out = mixture_terms(e, c);
+    if constexpr (G == DivergenceGroup::kProbability) out = probability_terms(e, c);
+    if constexpr (G == DivergenceGroup::kPower) out = power_terms(e, c);
+    const F other(c.other);
+    out.value = out.value * other;
+    out.student = out.student * other;
+    out.teacher = out.teacher * other;
+    if (c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) ||
+        c.entropy != S(0)) {
+      const Terms<F> linear = linear_terms(e, c);
+      out.value = out.value + linear.value;
+      out.student = out.student + linear.student;
+      out.teacher = out.teacher + linear.teacher;
+    }
+    return out;
+  }
+}
+
+// The row's own arithmetic: sum of generators -> D -> value, and the slope d(value)/d(sum).
+template <class S>
+struct RowValue {
+  S divergence;  // D, before clip
+  S value;       // after clip and tau^2, before label term and weight
+  S slope;       // d value / d(sum of generators)
+};
+
+template <class S>
+KD_HOST_DEVICE RowValue<S> finish_row(S sum, const DivergenceSpec& spec, S first, S tau) {
+  RowValue<S> row{sum, S(0), S(1)};
+  switch (static_cast<Outer>(static_cast<int>(spec.outer))) {
+    case Outer::kIdentity: break;
+    case Outer::kSqrt:
+      row.divergence = sqrt(sum);
+      row.slope = sum > S(0) ? S(0.5) / row.divergence : S(0);
+      break;
+    case Outer::kBhattacharyya:
+      row.divergence = -log1p(-sum);
+      row.slope = S(1) / (S(1) - sum);
+      break;
+    case Outer::kRenyi: {
+      const S k = first - S(1);
+      if (k != S(0)) {
+        const S inside = first * k * sum;
+        row.divergence = log1p(inside) / k;
+        row.slope = first / (S(1) + inside);
+      }
+      break;
+    }
+  }
+  row.value = row.divergence;
+  const S clip = S(spec.clip_token);
+  if (clip > S(0) && row.value > clip) {
+    row.value = clip;
+    row.slope = S(0);
+  }
+  if (spec.temperature_squared != 0) {
+    row.value = row.value * tau * tau;
+    row.slope = row.slope * tau * tau;
+  }
+  return row;
+}
+
+}  // namespace kd

@@ -1,0 +1,31 @@
+"""Hand-written CUDA kernels on CUDA tensors."""
+
+import torch
+
+from .native import extension
+
+FAMILIES = ("divergence",)
+_C = extension("_C")
+
+
+def why_not() -> str:
+    """Why this backend is not available; empty if it is."""
+    if isinstance(_C, str):
+        return f"the extension module is not built ({_C})"
+    if not hasattr(_C, "cuda_info"):
+        return "this build has no CUDA kernels; build with KDK_CUDA=on and nvcc on the PATH"
+    info = _C.cuda_info()
+    if not info["devices"]:
+        need, have = info["runtime"], info["driver"]
+        if have and have < need:
+            return f"the driver serves CUDA {have // 1000}, this build needs {need // 1000}"
+        return f"no CUDA device ({info['error'] or 'none found'})"
+    if not torch.cuda.is_available():
+        return "torch was installed without CUDA"
+    return ""
+
+
+if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
+    divergence_fwd = _C.divergence_fwd
+    divergence_bwd = _C.divergence_bwd
+    scale = _C.scale

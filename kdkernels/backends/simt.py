@@ -1,0 +1,20 @@
+"""The CUDA sources compiled for the host and run on CPU tensors: for tests only."""
+
+from .native import extension
+
+FAMILIES = ("divergence",)
+_simt = extension("_simt")
+
+
+def why_not() -> str:
+    """Why this backend is not available; empty if it is."""
+    if isinstance(_simt, str):
+        return f"not built; build with KDK_SIMT=1 (development only; {_simt})"
+    return ""
+
+
+if not isinstance(_simt, str):
+    divergence_fwd = _simt.divergence_fwd
+    divergence_bwd = _simt.divergence_bwd
+    scale = _simt.scale
+    set_order = _simt.set_order

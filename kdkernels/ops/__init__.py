@@ -1,0 +1,1 @@
+"""Autograd: one file a family, three doors to one backend function (eager, functorch, compile)."""

@@ -1,0 +1,8 @@
+// One function a family adds its names to the module with; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace kd::binding {
+void bind_divergence(pybind11::module_& module);
+}  // namespace kd::binding
