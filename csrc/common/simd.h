@@ -2,12 +2,13 @@
 //
 // A source that includes this file is compiled once per ISA with -DKDK_ISA=avx512 | avx2 | baseline
 // (cmake/Isa.cmake) and keeps its code in `namespace kd { namespace KDK_ISA_NAMESPACE { ... } }`.
-// Such a source includes only <cstdint>, <cstddef>, <cstring> and headers of this project: an inline
-// function of the standard library compiled with AVX-512 could be the copy the linker keeps for the
-// whole program. For the same reason a template over plain scalars that lives outside the ISA
-// namespace must be KD_HOST_DEVICE (always inlined).
+// Such a source includes only <cstdint>, <cstddef>, <cstring> and headers of this project: an
+// inline function of the standard library compiled with AVX-512 could be the copy the linker keeps
+// for the whole program. For the same reason a template over plain scalars that lives outside the
+// ISA namespace must be KD_HOST_DEVICE (always inlined).
 //
-// Interface, the same for VecF (float lanes) and VecD (double lanes, half as many); V is either one:
+// Interface, the same for VecF (float lanes) and VecD (double lanes, half as many); V is either
+// one:
 //   V::kLanes  V::Scalar  V::Mask             V(s): all lanes s, implicit
 //   V::load(p)  V::load_partial(p, n, fill)   p: float, bf16, f16 (VecF) or double (VecD), any
 //                                             alignment; 0 <= n <= kLanes, memory past n untouched
@@ -71,8 +72,12 @@ KD_LANES bool is_aligned(const void* pointer, size_t bytes = kStreamAlignment) {
 }
 
 // One cache line, into all levels or into L2 only. Any address is allowed, also one past an array.
-KD_LANES void prefetch(const void* pointer) { __builtin_prefetch(pointer, 0, 3); }
-KD_LANES void prefetch_l2(const void* pointer) { __builtin_prefetch(pointer, 0, 2); }
+KD_LANES void prefetch(const void* pointer) {
+  __builtin_prefetch(pointer, 0, 3);
+}
+KD_LANES void prefetch_l2(const void* pointer) {
+  __builtin_prefetch(pointer, 0, 2);
+}
 
 // Orders non-temporal stores before everything that follows; once, after a thread's last stream().
 KD_LANES void stream_fence() {

@@ -18,20 +18,32 @@ struct MaskF {
 
   static KD_LANES MaskF first(int64_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return {_mm256_castsi256_ps(
-        _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), lane))};
+    return {
+        _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), lane))};
   }
 };
 
-KD_LANES MaskF operator&(MaskF a, MaskF b) { return {_mm256_and_ps(a.m, b.m)}; }
-KD_LANES MaskF operator|(MaskF a, MaskF b) { return {_mm256_or_ps(a.m, b.m)}; }
-KD_LANES MaskF operator^(MaskF a, MaskF b) { return {_mm256_xor_ps(a.m, b.m)}; }
+KD_LANES MaskF operator&(MaskF a, MaskF b) {
+  return {_mm256_and_ps(a.m, b.m)};
+}
+KD_LANES MaskF operator|(MaskF a, MaskF b) {
+  return {_mm256_or_ps(a.m, b.m)};
+}
+KD_LANES MaskF operator^(MaskF a, MaskF b) {
+  return {_mm256_xor_ps(a.m, b.m)};
+}
 KD_LANES MaskF operator!(MaskF a) {
   return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
 }
-KD_LANES bool any(MaskF a) { return _mm256_movemask_ps(a.m) != 0; }
-KD_LANES bool all(MaskF a) { return _mm256_movemask_ps(a.m) == 0xff; }
-KD_LANES bool none(MaskF a) { return _mm256_movemask_ps(a.m) == 0; }
+KD_LANES bool any(MaskF a) {
+  return _mm256_movemask_ps(a.m) != 0;
+}
+KD_LANES bool all(MaskF a) {
+  return _mm256_movemask_ps(a.m) == 0xff;
+}
+KD_LANES bool none(MaskF a) {
+  return _mm256_movemask_ps(a.m) == 0;
+}
 
 struct VecF {
   using Scalar = float;
@@ -82,34 +94,80 @@ struct VecF {
   static KD_LANES VecF widen(const f16*, __m128i halves) { return VecF(_mm256_cvtph_ps(halves)); }
 };
 
-KD_LANES VecF operator+(VecF a, VecF b) { return VecF(_mm256_add_ps(a.v, b.v)); }
-KD_LANES VecF operator-(VecF a, VecF b) { return VecF(_mm256_sub_ps(a.v, b.v)); }
-KD_LANES VecF operator*(VecF a, VecF b) { return VecF(_mm256_mul_ps(a.v, b.v)); }
-KD_LANES VecF operator/(VecF a, VecF b) { return VecF(_mm256_div_ps(a.v, b.v)); }
-KD_LANES VecF operator-(VecF a) { return VecF(_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))); }
+KD_LANES VecF operator+(VecF a, VecF b) {
+  return VecF(_mm256_add_ps(a.v, b.v));
+}
+KD_LANES VecF operator-(VecF a, VecF b) {
+  return VecF(_mm256_sub_ps(a.v, b.v));
+}
+KD_LANES VecF operator*(VecF a, VecF b) {
+  return VecF(_mm256_mul_ps(a.v, b.v));
+}
+KD_LANES VecF operator/(VecF a, VecF b) {
+  return VecF(_mm256_div_ps(a.v, b.v));
+}
+KD_LANES VecF operator-(VecF a) {
+  return VecF(_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)));
+}
 
-KD_LANES MaskF operator<(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-KD_LANES MaskF operator<=(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
-KD_LANES MaskF operator>(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
-KD_LANES MaskF operator>=(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
-KD_LANES MaskF operator==(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
-KD_LANES MaskF operator!=(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)}; }
+KD_LANES MaskF operator<(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)};
+}
+KD_LANES MaskF operator<=(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)};
+}
+KD_LANES MaskF operator>(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)};
+}
+KD_LANES MaskF operator>=(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)};
+}
+KD_LANES MaskF operator==(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
+}
+KD_LANES MaskF operator!=(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)};
+}
 
-KD_LANES VecF fma(VecF a, VecF b, VecF c) { return VecF(_mm256_fmadd_ps(a.v, b.v, c.v)); }
-KD_LANES VecF fms(VecF a, VecF b, VecF c) { return VecF(_mm256_fmsub_ps(a.v, b.v, c.v)); }
-KD_LANES VecF fnma(VecF a, VecF b, VecF c) { return VecF(_mm256_fnmadd_ps(a.v, b.v, c.v)); }
-KD_LANES VecF min(VecF a, VecF b) { return VecF(_mm256_min_ps(a.v, b.v)); }
-KD_LANES VecF max(VecF a, VecF b) { return VecF(_mm256_max_ps(a.v, b.v)); }
-KD_LANES VecF abs(VecF a) { return VecF(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)); }
-KD_LANES VecF sqrt(VecF a) { return VecF(_mm256_sqrt_ps(a.v)); }
-KD_LANES VecF select(MaskF m, VecF a, VecF b) { return VecF(_mm256_blendv_ps(b.v, a.v, m.m)); }
-KD_LANES MaskF is_nan(VecF a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
-KD_LANES MaskF is_finite(VecF a) { return abs(a) < VecF(__builtin_inff()); }
+KD_LANES VecF fma(VecF a, VecF b, VecF c) {
+  return VecF(_mm256_fmadd_ps(a.v, b.v, c.v));
+}
+KD_LANES VecF fms(VecF a, VecF b, VecF c) {
+  return VecF(_mm256_fmsub_ps(a.v, b.v, c.v));
+}
+KD_LANES VecF fnma(VecF a, VecF b, VecF c) {
+  return VecF(_mm256_fnmadd_ps(a.v, b.v, c.v));
+}
+KD_LANES VecF min(VecF a, VecF b) {
+  return VecF(_mm256_min_ps(a.v, b.v));
+}
+KD_LANES VecF max(VecF a, VecF b) {
+  return VecF(_mm256_max_ps(a.v, b.v));
+}
+KD_LANES VecF abs(VecF a) {
+  return VecF(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v));
+}
+KD_LANES VecF sqrt(VecF a) {
+  return VecF(_mm256_sqrt_ps(a.v));
+}
+KD_LANES VecF select(MaskF m, VecF a, VecF b) {
+  return VecF(_mm256_blendv_ps(b.v, a.v, m.m));
+}
+KD_LANES MaskF is_nan(VecF a) {
+  return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)};
+}
+KD_LANES MaskF is_finite(VecF a) {
+  return abs(a) < VecF(__builtin_inff());
+}
 
 namespace detail {
 
-KD_LANES __m128 low_half(VecF a) { return _mm256_castps256_ps128(a.v); }
-KD_LANES __m128 high_half(VecF a) { return _mm256_extractf128_ps(a.v, 1); }
+KD_LANES __m128 low_half(VecF a) {
+  return _mm256_castps256_ps128(a.v);
+}
+KD_LANES __m128 high_half(VecF a) {
+  return _mm256_extractf128_ps(a.v, 1);
+}
 
 // bf16 bits in the low half of each 32-bit lane.
 KD_LANES __m256i round_bf16(VecF a) {
@@ -139,11 +197,15 @@ KD_LANES __m256i narrow2(const f16* p, VecF a, VecF b) {
 
 }  // namespace detail
 
-KD_LANES void store(float* p, VecF a) { _mm256_storeu_ps(p, a.v); }
+KD_LANES void store(float* p, VecF a) {
+  _mm256_storeu_ps(p, a.v);
+}
 KD_LANES void store_partial(float* p, VecF a, int64_t n) {
   _mm256_maskstore_ps(p, _mm256_castps_si256(MaskF::first(n).m), a.v);
 }
-KD_LANES void stream(float* p, VecF a) { _mm256_stream_ps(p, a.v); }
+KD_LANES void stream(float* p, VecF a) {
+  _mm256_stream_ps(p, a.v);
+}
 KD_LANES void stream2(float* p, VecF a, VecF b) {
   stream(p, a);
   stream(p + VecF::kLanes, b);
@@ -186,11 +248,15 @@ KD_LANES float reduce_max(VecF a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-KD_LANES float reduce_min(VecF a) { return -reduce_max(-a); }
+KD_LANES float reduce_min(VecF a) {
+  return -reduce_max(-a);
+}
 
 namespace detail {
 
-KD_LANES VecF floor_small(VecF a) { return VecF(_mm256_floor_ps(a.v)); }
+KD_LANES VecF floor_small(VecF a) {
+  return VecF(_mm256_floor_ps(a.v));
+}
 
 // 2^n for an integer -127 <= n <= 128; 0 and +inf at the two ends.
 KD_LANES VecF power_of_two(VecF n) {
@@ -200,8 +266,8 @@ KD_LANES VecF power_of_two(VecF n) {
 
 // p * 2^n where 1 <= p < 2 and n is an integer in [-127, 0], by adding to the exponent.
 KD_LANES VecF add_exponent(VecF p, VecF n) {
-  return VecF(_mm256_castsi256_ps(_mm256_add_epi32(
-      _mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23))));
+  return VecF(_mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23))));
 }
 
 // p * 2^n for an integer |n| < 250, rounded once: two factors reach the subnormals and beyond.

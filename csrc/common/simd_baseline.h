@@ -1,4 +1,5 @@
-// Baseline: 4 float lanes and 2 double lanes, which every x86-64 (SSE2) and every AArch64 (NEON) has.
+// Baseline: 4 float lanes and 2 double lanes, which every x86-64 (SSE2) and every AArch64 (NEON)
+// has.
 #pragma once
 
 #include "common/simd_generic.h"
@@ -24,8 +25,8 @@ namespace detail {
 
 // Largest integer <= a, for |a| < 2^30.
 KD_LANES VecF floor_small(VecF a) {
-  const VecF truncated(__builtin_convertvector(__builtin_convertvector(a.v, VecF::NativeInt),
-                                               VecF::Native));
+  const VecF truncated(
+      __builtin_convertvector(__builtin_convertvector(a.v, VecF::NativeInt), VecF::Native));
   return truncated - select(truncated > a, VecF(1.0f), VecF::zero());
 }
 
@@ -49,11 +50,13 @@ KD_LANES VecF scale2(VecF p, VecF n) {
 // a = m 2^e with 3/4 <= m < 3/2, for positive finite a.
 KD_LANES VecF split_exponent(VecF a, VecF* e) {
   const MaskF subnormal = a < VecF(0x1p-126f);
-  const VecF::NativeInt bits = select(subnormal, a * VecF(0x1p23f), a).bits();
-  const VecF::NativeInt exponent = (bits - 0x3f400000) >> 23;
+  // Unsigned: the bits of a negative number, for which no answer is needed, may wrap around.
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
+  const Unsigned bits = (Unsigned)select(subnormal, a * VecF(0x1p23f), a).bits();
+  const VecF::NativeInt exponent = (VecF::NativeInt)(bits - 0x3f400000u) >> 23;
   *e = VecF(__builtin_convertvector(exponent, VecF::Native)) -
        select(subnormal, VecF(23.0f), VecF::zero());
-  return VecF::from_bits(bits - (exponent << 23));
+  return VecF::from_bits((VecF::NativeInt)(bits - ((Unsigned)exponent << 23)));
 }
 
 }  // namespace detail

@@ -19,18 +19,18 @@ inline int check_result(const char* name) {
 
 }  // namespace kd_test
 
-#define CHECK(condition)                                             \
-  do {                                                               \
+#define CHECK(condition)                                               \
+  do {                                                                 \
     if (!(condition)) ::kd_test::fail(__FILE__, __LINE__, #condition); \
   } while (0)
 
 // With two numbers to look at when it fails.
-#define CHECK_SHOW(condition, a, b)                                                          \
-  do {                                                                                       \
-    if (!(condition)) {                                                                      \
-      ::kd_test::fail(__FILE__, __LINE__, #condition);                                       \
-      if (::kd_test::failures <= 20) {                                                       \
-        std::fprintf(stderr, "    %s = %.9g, %s = %.9g\n", #a, double(a), #b, double(b));    \
-      }                                                                                      \
-    }                                                                                        \
+#define CHECK_SHOW(condition, a, b)                                                       \
+  do {                                                                                    \
+    if (!(condition)) {                                                                   \
+      ::kd_test::fail(__FILE__, __LINE__, #condition);                                    \
+      if (::kd_test::failures <= 20) {                                                    \
+        std::fprintf(stderr, "    %s = %.9g, %s = %.9g\n", #a, double(a), #b, double(b)); \
+      }                                                                                   \
+    }                                                                                     \
   } while (0)
