@@ -12,6 +12,7 @@
 //   KD_SHARED(T, name)             static shared memory: KD_SHARED(float[32][33], tile);
 //                                  T has no initialisers; a T with commas needs a `using` first
 //   KD_DYN_SHARED(T, name)         dynamic shared memory as `T* name`, aligned to 128 bytes
+//   KD_DEVICE                      __device__ __forceinline__
 //   KD_ASSERT(condition)           always on in the emulator, on devices with KDK_DEVICE_ASSERT=1
 //   simt::launch(info, kernel, args...)   LaunchInfo{name, grid, block, shared_bytes, stream,
 //   shape} simt::launch(kernel, grid, block, shared_bytes, stream, args...)

@@ -1,8 +1,8 @@
 """Which backend serves which family on which device, and how a caller overrides it.
 
 A backend is a module of this package that offers functions named `<family>_<fwd|bwd>`. It is
-imported when first asked for. Asking for a backend that is not there is an error; only the automatic
-choice may pass over one.
+imported when first asked for. Asking for a backend that is not there is an error; only the
+automatic choice may pass over one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _initial() -> Settings:
     return Settings(backend, os.environ.get("KDK_DEBUG", "0") not in ("", "0"))
 
 
-_settings: ContextVar[Settings] = ContextVar("kdkernels_settings", default=_initial())
+_settings: ContextVar[Settings] = ContextVar("kdkernels_settings", default=_initial())  # noqa: B039
 _modules: dict[str, ModuleType | str] = {}
 
 
@@ -60,7 +60,7 @@ def settings() -> Settings:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Use backend `name` ("cuda", "cpu", "triton", "simt", "torch"; None: automatic) inside the block.
+    """Use one backend inside the block: "cuda", "cpu", "triton", "simt", "torch"; None: automatic.
 
     Raises:
         ValueError: `name` is not a backend.

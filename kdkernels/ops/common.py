@@ -1,4 +1,4 @@
-"""What the ops of every family share: output buffers, the settling of a prepared gradient, doors."""
+"""What the ops of every family share: output buffers, dtypes, refusals by name."""
 
 from __future__ import annotations
 

@@ -4,12 +4,19 @@
 #include <cuda_runtime.h>
 
 #include <cassert>
+#include <cstdlib>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+#include "common/macros.h"
+
+// For small functions that kernels call.
+#define KD_DEVICE __device__ __forceinline__
 
 namespace simt {
 
@@ -70,6 +77,15 @@ inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
 
 }  // namespace detail
 
+// KDK_SYNC=1 waits for every kernel, so that an asynchronous error names the kernel that made it.
+inline bool launch_synchronously() {
+  static const bool on = [] {
+    const char* text = std::getenv("KDK_SYNC");
+    return text && *text && std::strcmp(text, "0") != 0;
+  }();
+  return on;
+}
+
 // Of the current device.
 inline size_t shared_memory_limit() {
   return static_cast<size_t>(
@@ -104,6 +120,10 @@ void launch(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
     cudaGetLastError();  // an error of a launch is not sticky: clear it
     detail::fail(info, "launch", error);
   }
+  if (launch_synchronously()) {
+    const cudaError_t late = cudaStreamSynchronize(info.stream);
+    if (late != cudaSuccess) detail::fail(info, "while it ran", late);
+  }
 }
 
 template <class... Params, class... Args>
@@ -123,7 +143,7 @@ __device__ __forceinline__ T shuffle_words(const T& value, ShuffleWord&& shuffle
   constexpr int kWords = sizeof(T) / 4;
   unsigned words[kWords];
   memcpy(words, &value, sizeof(T));
-#pragma unroll
+  KD_UNROLL
   for (int i = 0; i < kWords; ++i) words[i] = shuffle_word(words[i]);
   T out;
   memcpy(&out, words, sizeof(T));

@@ -17,6 +17,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
+#define KD_DEVICE inline
 
 // ---- shared memory -----------------------------------------------------------------------------
 

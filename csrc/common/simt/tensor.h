@@ -7,12 +7,6 @@
 
 #include "common/half.h"
 
-#if defined(__CUDACC__)
-#define KD_DEVICE __device__ __forceinline__
-#else
-#define KD_DEVICE inline
-#endif
-
 namespace kd {
 
 // ---- cp.async ----------------------------------------------------------------------------------
