@@ -190,8 +190,8 @@ def mixture_terms(p, q, d, first, KIND: tl.constexpr, DETACH: tl.constexpr):
     value += tl.where(B > 0, B * kl_generator(q, w * pq, xq), 0.0)
     student = tl.where(B > 0, B * zero_times(q, xq), 0.0)
     if not DETACH:
-        student -= zero_times(q, v * rq * slant)
-    teacher = tl.where(A > 0, A * zero_times(p, xp), 0.0) - zero_times(p, w * rp * slant)
+        student -= v * rq * slant
+    teacher = tl.where(A > 0, A * zero_times(p, xp), 0.0) - w * rp * slant
     exists = tl.maximum(p, q) > 0
     return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
             tl.where(exists, teacher, 0.0))
