@@ -140,7 +140,8 @@ def draw_plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
     names = [TITLES[name].replace(" ", "\n") for name in VARIANTS]
     colours = [_COLOURS[name] for name in VARIANTS]
     loss = [results[name]["loss_seconds"] * 1e3 for name in VARIANTS]
-    rest = [results[name]["step_seconds"] * 1e3 - part for name, part in zip(VARIANTS, loss)]
+    whole = [results[name]["step_seconds"] * 1e3 for name in VARIANTS]
+    rest = [step - part for step, part in zip(whole, loss, strict=True)]
     times.bar(names, loss, color=colours)
     times.bar(names, rest, bottom=loss, color=colours, alpha=0.3)
     times.bar_label(times.containers[0], fmt="%.0f", label_type="center")

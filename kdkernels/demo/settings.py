@@ -42,7 +42,7 @@ def choose_setting(device: str, smoke: bool) -> Setting:
     if device == "cpu" and smoke:
         return Setting(2, 128, 55, 50, 64, 1, 96, 2, 16, 3_000_000)
     if device == "cpu":
-        return Setting(4, 128, 150, 200, 128, 2, 192, 3, 48, None)
+        return Setting(4, 128, 120, 150, 128, 2, 192, 2, 48, None)
     if smoke:
         return Setting(8, 256, 100, 150, 128, 2, 256, 4, 32, None)
     return Setting(16, 512, 500, 1000, 256, 4, 512, 6, 64, None)
