@@ -136,7 +136,7 @@ def draw_plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
         label = TITLES[name] + (" (cross entropy)" if name == "labels" else "")
         curves.plot(range(1, len(losses) + 1), losses, color=_COLOURS[name], label=label, **style)
     curves.set(xlabel="step", ylabel="training loss, nats", title="Loss")
-    curves.legend(frameon=False)
+    curves.legend(frameon=False, loc="center right")
     names = [TITLES[name].replace(" ", "\n") for name in VARIANTS]
     colours = [_COLOURS[name] for name in VARIANTS]
     loss = [results[name]["loss_seconds"] * 1e3 for name in VARIANTS]
