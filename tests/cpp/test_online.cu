@@ -252,6 +252,22 @@ TEST(block_reductions) {
   }
 }
 
+// The same instantiation twice in a row shares its slots: the second must not overtake the first.
+__global__ void twice_kernel(float* out) {
+  const float first = block_sum(1.0f);
+  const float second = block_sum(static_cast<float>(threadIdx.x / 32));
+  out[2 * threadIdx.x] = first;
+  out[2 * threadIdx.x + 1] = second;
+}
+
+TEST(block_reductions_may_follow_each_other) {
+  for_each_order([] {
+    Buffer<float> out(512);
+    run(twice_kernel, 1, 256, 0, out.data());
+    for (int t = 0; t < 256; ++t) CHECK(out[2 * t] == 256 && out[2 * t + 1] == 32 * 28);
+  });
+}
+
 #if !defined(__CUDACC__)
 TEST(blocks_of_partial_warps_are_refused) {
   Buffer<float> out(600), in(100);
