@@ -152,7 +152,9 @@ TEST(scalar_functions) {
   CHECK(is_nan(NAN) && !is_nan(1.0f) && is_inf(-INFINITY) && !is_inf(1e300));
   CHECK(max(1.0f, 2.0f) == 2.0f && min(1.0, 2.0) == 1.0 && abs(-1.0f) == 1.0f);
   CHECK(fma(2.0f, 3.0f, 4.0f) == 10.0f && fma(2.0, 3.0, 4.0) == 10.0);
-  CHECK(any(true) && !any(false) && all(true));
+  CHECK(any(true) && !any(false) && all(true) && none(false));
+  CHECK(is_finite(1e38f) && !is_finite(INFINITY) && !is_finite(NAN));
+  CHECK(pow(2.0f, 3.0f) == 8.0f && pow(2.0, 0.5) == sqrt(2.0));
 }
 
 // ---- reduction ladder --------------------------------------------------------------------------
