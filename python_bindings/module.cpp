@@ -32,7 +32,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return kd::binding::force_integers() ? "integers" : "exchange table where the type has one";
   });
 #if defined(KDK_BUILD_SIMT)
-  m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
+  m.def(
+      "set_order",
+      [](const std::string& text) { simt::host::schedule() = simt::host::parse_schedule(text.c_str()); },
+      "Order of lanes and blocks: ascending, descending, shuffled[:seed] or warp_ahead[:seed].");
 #else
   m.def("isa", [] { return std::string(kd::isa_name()); });
   m.def("set_isa", [](const std::string& name) { kd::set_isa(name.c_str()); });
