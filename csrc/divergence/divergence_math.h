@@ -157,8 +157,9 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   out.value = select(A > F(0), A * kl_generator(e.p, -v * pq, xp), F(0)) +
               select(B > F(0), B * kl_generator(e.q, w * pq, xq), F(0));
   out.student = select(B > F(0), B * zero_times(e.q, xq), F(0)) -
-                zero_times(e.q, F(c.mix_student) * v * rq * slant);
-  out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) - zero_times(e.p, w * rp * slant);
+                select(e.q > F(0), F(c.mix_student) * v * rq * slant, F(0));
+  out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) -
+                select(e.p > F(0), w * rp * slant, F(0));
   // An entry where both are 0 has d = NaN and adds nothing.
   const auto exists = max(e.p, e.q) > F(0);
   return {select(exists, out.value, F(0)), select(exists, out.student, F(0)),
