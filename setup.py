@@ -83,7 +83,9 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "-S", str(ROOT / "csrc"), "-B", str(build), *arguments], check=True)
         subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
         for name, target in modules.items():
-            built = build / "lib" / (name.rsplit(".", 1)[1] + sysconfig.get_config_var("EXT_SUFFIX"))
+            built = (
+                build / "lib" / (name.rsplit(".", 1)[1] + sysconfig.get_config_var("EXT_SUFFIX"))
+            )
             if not built.exists():
                 raise SystemExit(f"{name}: the build made no {built.name}")
             target.parent.mkdir(parents=True, exist_ok=True)

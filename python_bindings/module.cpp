@@ -41,7 +41,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", [](const std::string& name) { kd::set_isa(name.c_str()); });
   m.def("compiled_isas", [] {
     py::list names;
-    for (const char* name : kd::compiled_isas()) names.append(name);
+    for (kd::Isa isa : kd::kCompiledIsas) names.append(kd::name(isa));
     return names;
   });
   m.def("num_threads", &kd::num_threads);
@@ -57,5 +57,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return out;
   });
 #endif
+  kd::binding::bind_common(m);
   kd::binding::bind_divergence(m);
 }

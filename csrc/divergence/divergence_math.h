@@ -58,10 +58,8 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
   c.mix_student = spec.detach_mixture != 0 ? S(0) : S(1);
   switch (kind) {
     case Kind::kJensenShannon:
-      // The ends are forward and reverse KL, the trainers' convention, not the limits (which are 0).
-      c.to_teacher = first == S(0) ? S(1) : first == S(1) ? S(0) : first;
-      c.to_student = S(1) - c.to_teacher;
-      c.mix = first;
+      c.to_teacher = c.mix = first;
+      c.to_student = S(1) - first;
       break;
     case Kind::kSkewForward:
       c.to_teacher = S(1);
@@ -84,6 +82,14 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
       c.beta = S(1) - first;
       break;
     case Kind::kNone: break;
+  }
+  // The ends of a mixture are of the linear group: M = q makes KL(p || M) the forward and KL(q || M)
+  // nothing. Jensen-Shannon's are forward and reverse KL by the trainers' convention, not its limits.
+  const bool jensen_shannon = kind == Kind::kJensenShannon;
+  if (group_of(kind) == DivergenceGroup::kMixture && (c.mix == S(0) || c.mix == S(1))) {
+    if (c.mix == S(0) && (jensen_shannon || kind == Kind::kSkewForward)) c.forward_kl += c.other;
+    if (c.mix == S(1) && (jensen_shannon || kind == Kind::kSkewReverse)) c.reverse_kl += c.other;
+    c.other = S(0);
   }
   return c;
 }
@@ -140,7 +146,7 @@ KD_HOST_DEVICE Terms<F> linear_terms(const Entry<F>& e, const RowKind<S>& c) {
   return t;
 }
 
-// A KL(p || M) + B KL(q || M) with M = w p + (1 - w) q.
+// A KL(p || M) + B KL(q || M) with M = w p + (1 - w) q, 0 < w < 1.
 template <class F, class S>
 KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   const auto above = e.d >= F(0);  // p >= q
@@ -148,13 +154,11 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   // The larger of p and q is the base: smaller = base (1 + t), M = base (1 + y).
   const F distance = abs(e.d);
   const F t = expm1(-distance);
-  const F share = select(above, v, w);  // the smaller one's share of M
-  const auto bare = share == F(1);      // M is the smaller one itself
-  const F y = share * t;
-  const F log_base = select(bare, distance, -log1p(y));  // log(base / M)
-  const F inverse = select(bare, F(0), F(1) / (F(1) + y));
-  const F log_other = select(bare, F(0), log_base - distance);
-  const F other_ratio = select(bare, F(1), (F(1) + t) * inverse);
+  const F y = select(above, v, w) * t;
+  const F log_base = -log1p(y);  // log(base / M)
+  const F inverse = F(1) / (F(1) + y);
+  const F log_other = log_base - distance;
+  const F other_ratio = (F(1) + t) * inverse;
   const F xp = select(above, log_base, log_other), xq = select(above, log_other, log_base);
   const F rp = select(above, inverse, other_ratio), rq = select(above, other_ratio, inverse);
   const F pq = select(above, -e.p * t, e.q * t);  // p - q
@@ -164,9 +168,8 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   out.value = select(A > F(0), A * kl_generator(e.p, -v * pq, xp), F(0)) +
               select(B > F(0), B * kl_generator(e.q, w * pq, xq), F(0));
   out.student = select(B > F(0), B * zero_times(e.q, xq), F(0)) -
-                select(e.q > F(0), F(c.mix_student) * v * rq * slant, F(0));
-  out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) -
-                select(e.p > F(0), w * rp * slant, F(0));
+                F(c.mix_student) * v * rq * slant;
+  out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) - w * rp * slant;
   // An entry where both are 0 has d = NaN and adds nothing.
   const auto exists = max(e.p, e.q) > F(0);
   return {select(exists, out.value, F(0)), select(exists, out.student, F(0)),
@@ -214,7 +217,9 @@ template <class F, class S>
 KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   const S alpha = c.alpha, beta = c.beta, s = alpha + beta;
   const F zero(0);
-  const F d = select(max(e.p, e.q) > zero, e.d, zero);
+  // An entry that is impossible on both sides is none; one whose p and q merely underflow counts.
+  const auto exists = max(e.lp, e.lq) > F(-20000);
+  const F d = select(exists, e.d, zero);
   if (alpha == S(0) && beta == S(0)) {
     return {F(0.5) * d * d, -d, d};
   }
@@ -229,8 +234,8 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   const F W = exp(fma(F(alpha), lp, F(beta) * lq));
   const bool teacher_side = abs(alpha) >= abs(beta);
   const S big = teacher_side ? alpha : beta, little = teacher_side ? beta : alpha;
-  const F base = select(teacher_side, P, Q), other = select(teacher_side, Q, P);
-  const F sd = select(teacher_side, d, -d);
+  const F base = teacher_side ? P : Q, other = teacher_side ? Q : P;
+  const F sd = teacher_side ? d : -d;
   F value = zero;
   if (s != S(0)) value = kl_generator(base, other - base, F(s) * sd) * F(S(1) / s);
   if (little != S(0)) {
@@ -256,7 +261,8 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   } else {
     out.teacher = zero_times(P, d);
   }
-  return out;
+  return {select(exists, out.value, zero), select(exists, out.student, zero),
+          select(exists, out.teacher, zero)};
 }
 
 // All terms of an entry: the linear group plus one kind of group G.
@@ -265,14 +271,16 @@ KD_HOST_DEVICE Terms<F> terms(const Entry<F>& e, const RowKind<S>& c) {
   if constexpr (G == DivergenceGroup::kLinear) {
     return linear_terms(e, c);
   } else {
-    Terms<F> out;
-    if constexpr (G == DivergenceGroup::kMixture) out = mixture_terms(e, c);
-    if constexpr (G == DivergenceGroup::kProbability) out = probability_terms(e, c);
-    if constexpr (G == DivergenceGroup::kPower) out = power_terms(e, c);
-    const F other(c.other);
-    out.value = out.value * other;
-    out.student = out.student * other;
-    out.teacher = out.teacher * other;
+    Terms<F> out{F(0), F(0), F(0)};
+    if (c.other != S(0)) {
+      if constexpr (G == DivergenceGroup::kMixture) out = mixture_terms(e, c);
+      if constexpr (G == DivergenceGroup::kProbability) out = probability_terms(e, c);
+      if constexpr (G == DivergenceGroup::kPower) out = power_terms(e, c);
+      const F other(c.other);
+      out.value = out.value * other;
+      out.student = out.student * other;
+      out.teacher = out.teacher * other;
+    }
     if (c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) ||
         c.entropy != S(0)) {
       const Terms<F> linear = linear_terms(e, c);

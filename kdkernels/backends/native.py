@@ -1,4 +1,4 @@
-"""Loads the extension modules and tells them how to read a tensor of a torch without exchange table."""
+"""Loads the extension modules; describes tensors by integers for a torch without exchange table."""
 
 from __future__ import annotations
 

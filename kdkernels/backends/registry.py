@@ -1,8 +1,8 @@
 """Which backend serves which family on which device, and how a caller overrides it.
 
 A backend is a module of this package that offers functions named `<family>_<fwd|bwd>`. It is
-imported when first asked for. Asking for a backend that is not there is an error; only the automatic
-choice may pass over one.
+imported when first asked for. Asking for a backend that is not there is an error; only the
+automatic choice may pass over one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def _initial() -> Settings:
     return Settings(backend, os.environ.get("KDK_DEBUG", "0") not in ("", "0"))
 
 
-_settings: ContextVar[Settings] = ContextVar("kdkernels_settings", default=_initial())
+_settings: ContextVar[Settings] = ContextVar("kdkernels_settings", default=_initial())  # noqa: B039
 _modules: dict[str, ModuleType | str] = {}
+_picked: dict[tuple, ModuleType] = {}
 
 
 def settings() -> Settings:
@@ -60,7 +61,7 @@ def settings() -> Settings:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Use backend `name` ("cuda", "cpu", "triton", "simt", "torch"; None: automatic) inside the block.
+    """Use one backend inside the block: "cuda", "cpu", "triton", "simt", "torch"; None: automatic.
 
     Raises:
         ValueError: `name` is not a backend.
@@ -113,6 +114,13 @@ def pick(family: str, device: str) -> ModuleType:
         ValueError: it cannot read that device.
     """
     asked = _settings.get().backend
+    found = _picked.get((asked, family, device))
+    if found is None:
+        found = _picked[asked, family, device] = _pick(asked, family, device)
+    return found
+
+
+def _pick(asked: str | None, family: str, device: str) -> ModuleType:
     if asked is not None:
         module = load(asked)
         reads = getattr(module, "READS", READS[asked])

@@ -1,4 +1,4 @@
-"""The CUDA sources compiled for the host and run on CPU tensors: for tests, never chosen by itself."""
+"""The CUDA sources compiled for the host and run on CPU tensors: for tests only."""
 
 from .native import extension
 

@@ -6,6 +6,8 @@ table of docs/divergence.md, not to be fast.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -35,35 +37,50 @@ def _log_softmax(logits: Tensor, tau: Tensor, columns: int) -> tuple[Tensor, Ten
     top = torch.where(alive.any(-1, keepdim=True), top, torch.zeros_like(top))
     total = torch.where(alive, (scaled - top).exp(), torch.zeros_like(scaled)).sum(-1, keepdim=True)
     total = torch.where(alive.any(-1, keepdim=True), total, torch.ones_like(total))
-    return torch.where(dead, torch.full_like(scaled, _LOWEST), scaled - top - total.log()), dead
+    lse = top + total.log()
+    # Impossible entries still carry the gradient of the log-sum-exp: a forward kind that is
+    # infinite on them has the gradient (P q - p) / tau on the others, all of p's mass in P.
+    return torch.where(dead, _LOWEST - (lse - lse.detach()), scaled - lse), dead
 
 
 def _mixture(lp: Tensor, lq: Tensor, w: Tensor) -> Tensor:
-    """log(w p + (1 - w) q), entry by entry."""
-    return torch.logaddexp(lp + w.log()[:, None], lq + torch.log1p(-w)[:, None])
+    """log(w p + (1 - w) q), entry by entry; exactly lp where lp = lq."""
+    w = w[:, None]
+    above, below = (lq - lp).clamp(max=0), (lp - lq).clamp(max=0)  # logs of the smaller's share
+    from_p = lp + torch.where(w == 0, above, torch.log1p((1 - w) * torch.expm1(above)))
+    from_q = lq + torch.where(w == 1, below, torch.log1p(w * torch.expm1(below)))
+    return torch.where(lq < lp, from_p, from_q)
+
+
+def _generator(x: Tensor, y: Tensor, log_ratio: Tensor) -> Tensor:
+    """y - x + x log(x / y) >= 0, entry by entry, right to its own size also where y is close to x.
+
+    Summed over normalised rows it is KL(x, y): y - x adds up to 0.
+    """
+    near = log_ratio.abs() < 1
+    small = torch.where(near, log_ratio, 0.0)
+    return torch.where(near, x * (torch.expm1(-small) + small), y - x + x * log_ratio)
 
 
 def _kl(lx: Tensor, ly: Tensor) -> Tensor:
-    """sum x (log x - log y), (N,)."""
-    return (lx.exp() * (lx - ly)).sum(-1)
+    """sum x log(x / y), (N,)."""
+    return _generator(lx.exp(), ly.exp(), lx - ly).sum(-1)
 
 
 def _alpha_beta(lp: Tensor, lq: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """The AB divergence and its true limits on the axes (docs/divergence.md)."""
+    """The AB divergence (N,): (a/s p^s + b/s q^s - p^a q^b) / (a b) summed, s = a + b, and its true
+    limits on the axes. Written with `_generator`, which divides only by the larger exponent."""
     a, b = alpha[:, None], beta[:, None]
     d = lp - lq
     s = a + b
-    one = torch.ones_like(a)
-    safe_a, safe_b = torch.where(a == 0, one, a), torch.where(b == 0, one, b)
-    safe_s = torch.where(s == 0, one, s)
-    pa, qb = (a * lp).exp(), (b * lq).exp()
-    ps, qs = (s * lp).exp(), (s * lq).exp()
-    general = (a / safe_s * ps + b / safe_s * qs - pa * qb) / (safe_a * safe_b)
-    # Limits: alpha -> 0, beta -> 0, alpha + beta -> 0, both -> 0.
-    no_a = (-qb * b * d - qb + (b * lp).exp()) / safe_b**2
-    no_b = (pa * a * d - pa + (a * lq).exp()) / safe_a**2
-    no_s = ((a * d).exp() - 1 - a * d) / safe_a**2
-    out = torch.where(a == 0, no_a, torch.where(b == 0, no_b, torch.where(s == 0, no_s, general)))
+    x, y, w = (s * lp).exp(), (s * lq).exp(), (a * lp + b * lq).exp()
+
+    def side(x, y, d, big, little):
+        whole = torch.where(s == 0, 0.0, _generator(x, y, s * d) / torch.where(s == 0, 1.0, s))
+        part = _generator(x, w, little * d) / torch.where(little == 0, 1.0, little)
+        return (whole - torch.where(little == 0, 0.0, part)) / torch.where(big == 0, 1.0, big)
+
+    out = torch.where(a.abs() >= b.abs(), side(x, y, d, a, b), side(y, x, -d, b, a))
     return torch.where((a == 0) & (b == 0), d * d / 2, out).sum(-1)
 
 
@@ -114,8 +131,9 @@ def _other(lp: Tensor, lq: Tensor, spec: DivergenceSpec, first: Tensor, second: 
     return row
 
 
-def _infinite(spec: DivergenceSpec, first: Tensor, second: Tensor, no_q: Tensor,
-              no_p: Tensor) -> tuple[Tensor, Tensor]:
+def _infinite(
+    spec: DivergenceSpec, first: Tensor, second: Tensor, no_q: Tensor, no_p: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rows whose value is inf: (with the gradient of their finite part, with gradient 0).
 
     no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
@@ -135,15 +153,23 @@ def _infinite(spec: DivergenceSpec, first: Tensor, second: Tensor, no_q: Tensor,
         stopped = stopped | no_q
     elif kind in (S.ALPHA, S.ALPHA_BETA):
         beta = 1 - first if kind == S.ALPHA else second
-        # q^beta diverges for beta < 0, and beta = 0 keeps p^alpha log(p / q): gradient as forward_kl.
+        # q^beta diverges for beta < 0; beta = 0 keeps p^alpha log(p / q), like forward_kl.
         flowing = flowing | (no_q & (beta == 0))
         stopped = stopped | (no_q & (beta < 0)) | (no_p & (first <= 0))
     return flowing, stopped
 
 
-def row_values(student: Tensor, teacher: Tensor | None, labels: Tensor | None, selected: Tensor,
-               tau_s: Tensor, tau_t: Tensor, first: Tensor, second: Tensor,
-               spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
+def row_values(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    selected: Tensor,
+    tau_s: Tensor,
+    tau_t: Tensor,
+    first: Tensor,
+    second: Tensor,
+    spec: DivergenceSpec,
+) -> tuple[Tensor, Tensor]:
     """(D before clip, row value before its weight), each (N,), float64. Differentiable."""
     zero = torch.zeros((), dtype=torch.float64, device=student.device)
     z = torch.where(selected[:, None], student, zero)
@@ -184,11 +210,20 @@ def row_values(student: Tensor, teacher: Tensor | None, labels: Tensor | None, s
         value = value * tau_s**2
     if spec.label_weight:
         log_soft, dead = _log_softmax(z, torch.ones_like(tau_s), int(spec.student_columns))
-        index = torch.where(selected, labels, torch.zeros_like(labels))[:, None]
+        index = _label_index(labels, selected, dead)
         nll = -log_soft.gather(-1, index)[:, 0]
         nll = nll + torch.where(dead.gather(-1, index)[:, 0], torch.inf, 0.0)
         value = value + spec.label_weight * nll
     return torch.where(selected, divergence, zero), torch.where(selected, value, zero)
+
+
+def _label_index(labels: Tensor, selected: Tensor, dead: Tensor) -> Tensor:
+    """Column of each selected row's label (N, 1); a label out of range is an error."""
+    bad = selected & ((labels < 0) | (labels >= dead.shape[-1]))
+    if labels.device.type == "cpu" and bool(bad.any()):
+        worst = int(labels[bad][0])
+        raise ValueError(f"labels: expected 0 to {dead.shape[-1] - 1} or ignore_index, got {worst}")
+    return torch.where(selected & ~bad, labels, torch.zeros_like(labels))[:, None]
 
 
 def _widen(log_probability: Tensor, dead: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -199,8 +234,9 @@ def _widen(log_probability: Tensor, dead: Tensor, width: int) -> tuple[Tensor, T
     return pad(log_probability, (0, missing), value=_LOWEST), pad(dead, (0, missing), value=True)
 
 
-def selection(labels: Tensor | None, mask: Tensor | None, rows: int, device: torch.device,
-              ignore_index: float) -> Tensor:
+def selection(
+    labels: Tensor | None, mask: Tensor | None, rows: int, device: torch.device, ignore_index: float
+) -> Tensor:
     """Selected rows (N,) bool."""
     chosen = torch.ones(rows, dtype=torch.bool, device=device)
     if labels is not None:
@@ -208,8 +244,9 @@ def selection(labels: Tensor | None, mask: Tensor | None, rows: int, device: tor
     return chosen if mask is None else chosen & mask
 
 
-def unit_factors(selected: Tensor, weight: Tensor | None, num_items: Tensor | None,
-                 spec: DivergenceSpec) -> Tensor:
+def unit_factors(
+    selected: Tensor, weight: Tensor | None, num_items: Tensor | None, spec: DivergenceSpec
+) -> Tensor:
     """selected / divisor, (N,) float64: what multiplies weight x row value."""
     unit = selected.double()
     counted = unit * weight if spec.normalize_weights and weight is not None else unit
@@ -222,6 +259,8 @@ def unit_factors(selected: Tensor, weight: Tensor | None, num_items: Tensor | No
     if spec.reduction == S.BATCHMEAN:
         return unit / spec.batch
     if spec.reduction == S.SEQUENCE_MEAN:
+        if counted.numel() == 0:
+            return unit
         counted = counted.reshape(int(spec.batch), -1)
         per_entry = counted.sum(-1, keepdim=True)
         entries = (per_entry > 0).sum().clamp(min=1)
@@ -231,6 +270,23 @@ def unit_factors(selected: Tensor, weight: Tensor | None, num_items: Tensor | No
     return unit * torch.where(total > 0, 1 / total, 0.0)
 
 
+def autograd_on():
+    """A context in which torch records and differentiates, whoever called.
+
+    A registered operator runs below the autograd dispatch keys, so enable_grad alone records
+    nothing there.
+    """
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        key = getattr(torch._C.DispatchKey, name, None)
+        exclude = exclude if key is None else exclude.remove(key)
+    stack = contextlib.ExitStack()
+    include = torch._C._dispatch_tls_local_include_set()
+    stack.enter_context(torch._C._ForceDispatchKeyGuard(include, exclude))
+    stack.enter_context(torch.enable_grad())
+    return stack
+
+
 def _per_row(tensor: Tensor | None, number: float, like: Tensor) -> Tensor:
     """(N,) float64 leaf from a per-row tensor or a number."""
     if tensor is None:
@@ -238,8 +294,20 @@ def _per_row(tensor: Tensor | None, number: float, like: Tensor) -> Tensor:
     return tensor.detach().double().clone()
 
 
-def _rows(student, teacher, labels, mask, student_temperature, teacher_temperature, first, second,
-          spec, grad_student, grad_teacher, grad_temperature):
+def _rows(
+    student,
+    teacher,
+    labels,
+    mask,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    spec,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+):
     """The differentiable row values and the leaves that gradients are wanted for."""
     z = student.detach().double()
     a = None if teacher is None else teacher.detach().double()
@@ -254,10 +322,17 @@ def _rows(student, teacher, labels, mask, student_temperature, teacher_temperatu
         leaves.append((tau_s.requires_grad_(), grad_temperature[:, 0]))
         leaves.append((tau_t.requires_grad_(), grad_temperature[:, 1]))
     selected = selection(labels, mask, student.shape[0], student.device, spec.ignore_index)
-    with torch.enable_grad():
+    with autograd_on():
         divergence, value = row_values(
-            z, a, labels, selected, tau_s, tau_t,
-            _per_row(first, spec.first, student), _per_row(second, spec.second, student), spec,
+            z,
+            a,
+            labels,
+            selected,
+            tau_s,
+            tau_t,
+            _per_row(first, spec.first, student),
+            _per_row(second, spec.second, student),
+            spec,
         )
     return selected, divergence, value, leaves
 
@@ -269,7 +344,8 @@ def _differentiate(value: Tensor, factor: Tensor, leaves: list) -> None:
     if value.requires_grad:
         inputs = [leaf for leaf, _ in leaves]
         ones = torch.ones_like(value)
-        gradients = torch.autograd.grad(value, inputs, ones, allow_unused=True)
+        with autograd_on():
+            gradients = torch.autograd.grad(value, inputs, ones, allow_unused=True)
     else:
         gradients = [None] * len(leaves)
     broken = value.isnan()
@@ -283,15 +359,40 @@ def _differentiate(value: Tensor, factor: Tensor, leaves: list) -> None:
         out.copy_(torch.where(nan & (scale != 0), torch.nan, product))
 
 
-def divergence_fwd(student, teacher, labels, mask, weight, student_temperature,
-                   teacher_temperature, first, second, num_items, value, stats, grad_student,
-                   grad_teacher, grad_temperature, spec) -> None:
+def divergence_fwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    weight,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    num_items,
+    value,
+    stats,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+    spec,
+) -> None:
     """Forward of csrc/divergence/divergence.h. Of the statistics only value, factor and unit are
     filled: the backward of this backend starts again from the logits."""
     spec = DivergenceSpec(*spec)
     selected, divergence, rows, leaves = _rows(
-        student, teacher, labels, mask, student_temperature, teacher_temperature, first, second,
-        spec, grad_student, grad_teacher, grad_temperature,
+        student,
+        teacher,
+        labels,
+        mask,
+        student_temperature,
+        teacher_temperature,
+        first,
+        second,
+        spec,
+        grad_student,
+        grad_teacher,
+        grad_temperature,
     )
     weight = None if weight is None else weight.double()
     items = None if num_items is None else num_items.double()
@@ -307,14 +408,37 @@ def divergence_fwd(student, teacher, labels, mask, weight, student_temperature,
     _differentiate(rows, factor, leaves)
 
 
-def divergence_bwd(student, teacher, labels, mask, student_temperature, teacher_temperature, first,
-                   second, stats, upstream, grad_student, grad_teacher, grad_temperature,
-                   spec) -> None:
+def divergence_bwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    stats,
+    upstream,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+    spec,
+) -> None:
     """Backward of csrc/divergence/divergence.h, from the logits."""
     spec = DivergenceSpec(*spec)
     _, _, rows, leaves = _rows(
-        student, teacher, labels, mask, student_temperature, teacher_temperature, first, second,
-        spec, grad_student, grad_teacher, grad_temperature,
+        student,
+        teacher,
+        labels,
+        mask,
+        student_temperature,
+        teacher_temperature,
+        first,
+        second,
+        spec,
+        grad_student,
+        grad_teacher,
+        grad_temperature,
     )
     factor = stats[:, S.FACTOR].double()
     _differentiate(rows, torch.where(factor == 0, 0.0, factor * upstream.double()), leaves)

@@ -1,4 +1,4 @@
-"""What the ops of every family share: output buffers, the settling of a prepared gradient, doors."""
+"""What the ops of every family share: output buffers, dtypes, refusals by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def empty_like(tensor: Tensor) -> Tensor:
     """A contiguous, uninitialised (poisoned) tensor of the same shape and dtype."""
-    return empty(tuple(tensor.shape), tensor.dtype, tensor.device)
+    if _POISON or not tensor.is_contiguous():
+        return empty(tuple(tensor.shape), tensor.dtype, tensor.device)
+    return torch.empty_like(tensor)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

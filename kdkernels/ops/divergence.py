@@ -44,46 +44,87 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _forward(student, teacher, weight, tau_s, tau_t, rest, need_student, need_teacher, need_tau):
     """Run the backend once: (value, stats, gradients for upstream 1 or None)."""
-    backend = pick("divergence", student.device.type)
-    z = _rows(student)
-    a = None if teacher is None else _rows(teacher)
+    device = student.device
+    z = student if student.dim() == 2 and student.is_contiguous() else _rows(student)
+    a = teacher
+    if a is not None and not (a.dim() == 2 and a.is_contiguous()):
+        a = _rows(a)
     dtype = compute_dtype(student)
     rows = z.shape[0]
-    shape = (rows,) if rest.spec.reduction == S.NONE else ()
-    value = empty(shape, dtype, z.device)
-    stats = empty((rows, S.STATS), dtype, z.device)
+    value = empty((rows,) if rest.spec.reduction == S.NONE else (), dtype, device)
+    stats = empty((rows, S.STATS), dtype, device)
     grad_student = grad_teacher = grad_tau = None
     if need_student:
         grad_student = z if rest.inplace else empty_like(z)
     if need_teacher:
         grad_teacher = empty_like(a)
     if need_tau:
-        grad_tau = empty((rows, 2), dtype, z.device)
-    backend.divergence_fwd(
-        z, a, rest.labels, rest.mask, weight, tau_s, tau_t, rest.first, rest.second,
-        rest.num_items, value, stats, grad_student, grad_teacher, grad_tau, rest.spec,
+        grad_tau = empty((rows, 2), dtype, device)
+    pick("divergence", device.type).divergence_fwd(
+        z,
+        a,
+        rest.labels,
+        rest.mask,
+        weight,
+        tau_s,
+        tau_t,
+        rest.first,
+        rest.second,
+        rest.num_items,
+        value,
+        stats,
+        grad_student,
+        grad_teacher,
+        grad_tau,
+        rest.spec,
     )
     return value, stats, grad_student, grad_teacher, grad_tau
 
 
-def _backward(student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher,
-              need_tau):
+def _backward(
+    student,
+    teacher,
+    tau_s,
+    tau_t,
+    rest,
+    stats,
+    upstream,
+    need_student,
+    need_teacher,
+    need_tau,
+    inplace=False,
+):
     """Gradients from the logits and the saved statistics, for `upstream` () or (N,)."""
     backend = pick("divergence", student.device.type)
     z = _rows(student)
     a = None if teacher is None else _rows(teacher)
-    grad_student = empty_like(z) if need_student else None
+    grad_student = (z if inplace else empty_like(z)) if need_student else None
     grad_teacher = empty_like(a) if need_teacher else None
     grad_tau = empty((z.shape[0], 2), stats.dtype, z.device) if need_tau else None
+    upstream = upstream.to(stats.dtype).contiguous()
     backend.divergence_bwd(
-        z, a, rest.labels, rest.mask, tau_s, tau_t, rest.first, rest.second, stats,
-        upstream.to(stats.dtype).contiguous(), grad_student, grad_teacher, grad_tau, rest.spec,
+        z,
+        a,
+        rest.labels,
+        rest.mask,
+        tau_s,
+        tau_t,
+        rest.first,
+        rest.second,
+        stats,
+        upstream if upstream.dim() == 0 else upstream.view(-1),
+        grad_student,
+        grad_teacher,
+        grad_tau,
+        rest.spec,
     )
     return grad_student, grad_teacher, grad_tau
 
 
-def _weight_gradient(stats: Tensor, value: Tensor, upstream: Tensor, spec: DivergenceSpec) -> Tensor:
-    """d loss / d weight (N,): unit x row value, less the mean where the divisor is sum of weights."""
+def _weight_gradient(
+    stats: Tensor, value: Tensor, upstream: Tensor, spec: DivergenceSpec
+) -> Tensor:
+    """d loss / d weight (N,): unit x row value; less the mean if weights are the divisor."""
     rows = stats[:, S.VALUE]
     unit = stats[:, S.UNIT]
     if spec.normalize_weights and spec.reduction == S.MEAN:
@@ -103,60 +144,99 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, weight, tau_s, tau_t, rest):
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
-        scalar = rest.spec.reduction != S.NONE
-        value, stats, *gradients = _forward(
-            student, teacher, weight, tau_s, tau_t, rest,
-            need_student and scalar, need_teacher and scalar, (need_s or need_t) and scalar,
+        # A float16 gradient for upstream 1 underflows under a mean over many tokens, which is what
+        # GradScaler's upstream is there to prevent: it is made in backward instead.
+        halves = (need_student and student.dtype == torch.float16) or (
+            need_teacher and teacher.dtype == torch.float16
         )
-        ctx.rest, ctx.shapes = rest, (student.shape, None if teacher is None else teacher.shape)
-        ctx.prepared = gradients if scalar else None
+        ahead = rest.spec.reduction != S.NONE and not halves
+        value, stats, *gradients = _forward(
+            student,
+            teacher,
+            weight,
+            tau_s,
+            tau_t,
+            rest,
+            need_student and ahead,
+            need_teacher and ahead,
+            (need_s or need_t) and ahead,
+        )
+        ctx.rest = rest
+        ctx.shape_s, ctx.shape_t = student.shape, None if teacher is None else teacher.shape
+        ctx.prepared = gradients if ahead else None
+        ctx.overwritten = False
         ctx.value = value.detach() if need_weight else None
-        if rest.inplace and need_student:
+        if rest.inplace and need_student and ahead:
             torch.autograd.graph.increment_version(student)
+            ctx.overwritten = True
             ctx.save_for_backward(None, None, tau_s, tau_t, stats if need_weight else None)
         else:
             ctx.save_for_backward(student, teacher, tau_s, tau_t, stats)
+        if not rest.return_stats:
+            return value
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        return (value, stats) if rest.return_stats else value
+        return value, stats
+
+    @staticmethod
+    def backward(ctx, upstream, _=None):
+        # `once_differentiable` costs 5 us a call; only create_graph=True (grad mode on) needs it.
+        if torch.is_grad_enabled():
+            return _Divergence._refusing_backward(ctx, upstream)
+        return _Divergence._gradients(ctx, upstream)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _=None):
+    def _refusing_backward(ctx, upstream):
+        return _Divergence._gradients(ctx, upstream)
+
+    @staticmethod
+    def _gradients(ctx, upstream):
         if upstream is None:
             return None, None, None, None, None, None
-        student, teacher, tau_s, tau_t, stats = ctx.saved_tensors
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
         rest = ctx.rest
         prepared, ctx.prepared = ctx.prepared, None
+        if prepared is None and ctx.overwritten:
+            raise RuntimeError(
+                "kdkernels.divergence(inplace=True): the logits were overwritten by their "
+                "gradient, so backward can run once only; use inplace=False with retain_graph=True"
+            )
+        student, teacher, tau_s, tau_t, stats = ctx.saved_tensors
         if prepared is not None:
             # Upstream is 1 in `loss.backward()`: `scale` looks at it where it lies and returns.
             grad_student, grad_teacher, grad_tau = prepared
-            device = stats.device if stats is not None else grad_student.device
-            scale = pick("divergence", device.type).scale
+            scale = pick("divergence", upstream.device.type).scale
             for gradient in prepared:
                 if gradient is not None:
                     scale(gradient, upstream)
-        elif rest.inplace and need_student:
-            raise RuntimeError(
-                "kdkernels.divergence(inplace=True): the logits were overwritten by their gradient, "
-                "so backward can run once only; use inplace=False with retain_graph=True"
-            )
         else:
+            inplace = rest.inplace and need_student
             grad_student, grad_teacher, grad_tau = _backward(
-                student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher,
+                student,
+                teacher,
+                tau_s,
+                tau_t,
+                rest,
+                stats,
+                upstream,
+                need_student,
+                need_teacher,
                 need_s or need_t,
+                inplace,
             )
+            if inplace:
+                torch.autograd.graph.increment_version(student)
+                ctx.overwritten = True
         grad_weight = None
         if need_weight:
             grad_weight = _weight_gradient(stats, ctx.value, upstream, rest.spec)
         grad_s, grad_t = _tau_gradients(grad_tau, need_s, need_t)
-        shape_s, shape_t = ctx.shapes
-        return (
-            None if grad_student is None else grad_student.view(shape_s),
-            None if grad_teacher is None else grad_teacher.view(shape_t),
-            grad_weight, grad_s, grad_t, None,
-        )
+        if grad_student is not None and grad_student.shape != ctx.shape_s:
+            grad_student = grad_student.view(ctx.shape_s)
+        if grad_teacher is not None and grad_teacher.shape != ctx.shape_t:
+            grad_teacher = grad_teacher.view(ctx.shape_t)
+        return grad_student, grad_teacher, grad_weight, grad_s, grad_t, None
 
 
 class _FunctorchDivergence(torch.autograd.Function):
@@ -185,8 +265,16 @@ class _FunctorchDivergence(torch.autograd.Function):
         student, teacher, tau_s, tau_t, stats, value = ctx.saved_tensors
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
         grads = _FunctorchBackward.apply(
-            student, teacher, tau_s, tau_t, stats, upstream, ctx.rest,
-            need_student, need_teacher, need_s or need_t,
+            student,
+            teacher,
+            tau_s,
+            tau_t,
+            stats,
+            upstream,
+            ctx.rest,
+            need_student,
+            need_teacher,
+            need_s or need_t,
         )
         grad_student, grad_teacher, grad_tau = grads
         grad_s, grad_t = _tau_gradients(grad_tau, need_s, need_t)
@@ -194,7 +282,9 @@ class _FunctorchDivergence(torch.autograd.Function):
             None if grad_student is None else grad_student.view(student.shape),
             None if grad_teacher is None else grad_teacher.view(teacher.shape),
             _weight_gradient(stats, value, upstream, ctx.rest.spec) if need_weight else None,
-            grad_s, grad_t, None,
+            grad_s,
+            grad_t,
+            None,
         )
 
 
@@ -241,14 +331,32 @@ def _rest(labels, mask, first, second, num_items, batch, spec) -> Rest:
     return Rest(labels, mask, first, second, num_items, numbers, False, True)
 
 
-def _op_fwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch,
-            spec):
+def _op_fwd(
+    student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch, spec
+):
     rest = _rest(labels, mask, first, second, num_items, batch, spec)
     return _forward(student, teacher, weight, tau_s, tau_t, rest, False, False, False)[:2]
 
 
-def _op_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, stats,
-            upstream, batch, spec, need_student, need_teacher, need_tau):
+def _op_bwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    weight,
+    tau_s,
+    tau_t,
+    first,
+    second,
+    num_items,
+    stats,
+    upstream,
+    batch,
+    spec,
+    need_student,
+    need_teacher,
+    need_tau,
+):
     rest = _rest(labels, mask, first, second, num_items, batch, spec)
     grads = _backward(
         student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher, need_tau
@@ -260,16 +368,34 @@ def _op_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second,
     )
 
 
-def _fake_fwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch,
-              spec):
+def _fake_fwd(
+    student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch, spec
+):
     rows = student.numel() // student.shape[-1] if student.dim() != 2 else student.shape[0]
     dtype = compute_dtype(student)
     value = (rows,) if spec[DivergenceSpec._fields.index("reduction")] == S.NONE else ()
     return student.new_empty(value, dtype=dtype), student.new_empty((rows, S.STATS), dtype=dtype)
 
 
-def _fake_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, stats,
-              upstream, batch, spec, need_student, need_teacher, need_tau):
+def _fake_bwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    weight,
+    tau_s,
+    tau_t,
+    first,
+    second,
+    num_items,
+    stats,
+    upstream,
+    batch,
+    spec,
+    need_student,
+    need_teacher,
+    need_tau,
+):
     return (
         student.new_empty(student.shape if need_student else (0,)),
         teacher.new_empty(teacher.shape) if need_teacher else student.new_empty((0,)),
@@ -278,8 +404,20 @@ def _fake_bwd(student, teacher, labels, mask, weight, tau_s, tau_t, first, secon
 
 
 def _op_setup(ctx, inputs, output):
-    (student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, batch,
-     spec) = inputs
+    (
+        student,
+        teacher,
+        labels,
+        mask,
+        weight,
+        tau_s,
+        tau_t,
+        first,
+        second,
+        num_items,
+        batch,
+        spec,
+    ) = inputs
     value, stats = output
     ctx.save_for_backward(
         student, teacher, labels, mask, weight, tau_s, tau_t, first, second, num_items, stats, value
@@ -290,7 +428,6 @@ def _op_setup(ctx, inputs, output):
 
 def _op_backward(ctx, upstream, _):
     *inputs, stats, value = ctx.saved_tensors
-    student, teacher, _, _, _, _, _, _, _, _ = inputs
     needs = ctx.needs_input_grad
     need_student, need_teacher, need_weight = needs[0], needs[1], needs[4]
     need_s, need_t = needs[5], needs[6]
@@ -302,8 +439,18 @@ def _op_backward(ctx, upstream, _):
         grad_weight = _weight_gradient(stats, value, upstream, DivergenceSpec(*ctx.spec))
     grad_s, grad_t = _tau_gradients(grad_tau, need_s, need_t)
     return (
-        grad_student if need_student else None, grad_teacher if need_teacher else None,
-        None, None, grad_weight, grad_s, grad_t, None, None, None, None, None,
+        grad_student if need_student else None,
+        grad_teacher if need_teacher else None,
+        None,
+        None,
+        grad_weight,
+        grad_s,
+        grad_t,
+        None,
+        None,
+        None,
+        None,
+        None,
     )
 
 
@@ -317,16 +464,36 @@ torch.library.register_autograd(
 )
 
 
-def divergence(student: Tensor, teacher: Tensor | None, weight: Tensor | None,
-               tau_s: Tensor | None, tau_t: Tensor | None, rest: Rest, batch: int):
+def divergence(
+    student: Tensor,
+    teacher: Tensor | None,
+    weight: Tensor | None,
+    tau_s: Tensor | None,
+    tau_t: Tensor | None,
+    rest: Rest,
+    batch: int,
+):
     """(value, stats or None). student [..., V]; per-row tensors (N,) in the compute dtype."""
     if torch.compiler.is_compiling():
         value, stats = torch.ops.kdkernels.divergence_fwd.default(
-            student, teacher, rest.labels, rest.mask, weight, tau_s, tau_t, rest.first,
-            rest.second, rest.num_items, batch, list(rest.spec),
+            student,
+            teacher,
+            rest.labels,
+            rest.mask,
+            weight,
+            tau_s,
+            tau_t,
+            rest.first,
+            rest.second,
+            rest.num_items,
+            batch,
+            list(rest.spec),
         )
         return value, stats
     if functorch_active():
         return _FunctorchDivergence.apply(student, teacher, weight, tau_s, tau_t, rest)
+    leaves = (student, teacher, weight, tau_s, tau_t)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in leaves):
+        return _forward(student, teacher, weight, tau_s, tau_t, rest, False, False, False)[:2]
     out = _Divergence.apply(student, teacher, weight, tau_s, tau_t, rest)
     return out if rest.return_stats else (out, None)

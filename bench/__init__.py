@@ -1,0 +1,1 @@
+"""Benchmarks and numerics studies. `python -m kdkernels bench` runs them; see `command.py`."""

@@ -1,0 +1,22 @@
+"""Loss kernels for knowledge distillation. Student first, teacher second, everywhere."""
+
+from importlib import metadata as _metadata
+
+from .backends import backends, debug, use_backend
+from .functional import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
+
+try:
+    __version__ = _metadata.version("kdkernels")
+except _metadata.PackageNotFoundError:  # a source tree that was built in place
+    __version__ = "0+source"
+
+__all__ = [
+    "backends",
+    "debug",
+    "divergence",
+    "forward_kl",
+    "jensen_shannon",
+    "reverse_kl",
+    "total_variation",
+    "use_backend",
+]

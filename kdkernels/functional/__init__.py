@@ -1,0 +1,5 @@
+"""Public functions: validate, flatten, choose the reduction."""
+
+from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
+
+__all__ = ["divergence", "forward_kl", "jensen_shannon", "reverse_kl", "total_variation"]

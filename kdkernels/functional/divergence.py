@@ -1,0 +1,485 @@
+"""Divergences between softmaxed rows: validate, flatten, choose the reduction."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..backends import spec as S
+from ..backends.registry import settings
+from ..backends.spec import DivergenceSpec
+from ..ops import divergence as ops
+from ..ops.common import compute_dtype
+from .checks import check_floats, check_number, per_row, same_device
+from .kinds import KindTuple, check_parameter, program
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor | None,
+    kind: str | KindTuple = "forward_kl",
+    *,
+    beta: float | Tensor | None = None,
+    alpha: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    temperature_squared: bool = False,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_weight: float = 0.0,
+    clip: float | None = None,
+    detach_mixture: bool = False,
+    reduction: str = "mean",
+    normalize: str = "rows",
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    teacher_vocab_size: int | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Divergence D(p, q) between p = softmax(teacher / tau_t) and q = softmax(student / tau_s).
+
+    For each selected row, in this order: D, clip, x tau_s^2 if asked, + label_weight x cross
+    entropy of softmax(student) with the label, x weight, reduction. With a scalar reduction and a
+    student that requires grad, the gradient is made in the same pass as the loss.
+
+    Args:
+        student: logits [..., V]; float32, float16, bfloat16 or float64.
+        teacher: logits [..., V] of any of these dtypes (float64 with float64), or None for kind
+            "entropy". Gets a gradient only where it requires one.
+        kind: a name, or a tuple of (name, coefficient): a weighted sum in one pass. Names, with p
+            the teacher, q the student and sums over the vocabulary:
+            "forward_kl" sum p log(p/q); "cross_entropy" -sum p log q; "reverse_kl" sum q log(q/p);
+            "jeffreys" forward_kl + reverse_kl; "entropy" -sum q log q;
+            "jensen_shannon" beta KL(p,M) + (1-beta) KL(q,M), M = beta p + (1-beta) q, where beta
+            exactly 0 is forward_kl and exactly 1 reverse_kl (Agarwal et al., 2024, GKD, as in TRL);
+            "skew_forward_kl" KL(p, alpha p + (1-alpha) q) and "skew_reverse_kl"
+            KL(q, (1-alpha) p + alpha q) (Ko et al., 2024, DistiLLM);
+            "total_variation" sum |p-q| / 2; "squared_hellinger" 1 - sum sqrt(pq); "hellinger" its
+            root; "bhattacharyya" -log sum sqrt(pq); "triangular" sum (p-q)^2/(p+q);
+            "chi_squared" sum (p-q)^2/q; "alpha" (sum p^alpha q^(1-alpha) - 1)/(alpha(alpha-1))
+            (Amari); "renyi" log(sum p^alpha q^(1-alpha))/(alpha-1); "alpha_beta" the AB divergence
+            with teacher exponent alpha and student exponent beta (Wang et al., 2025, ABKD).
+        beta, alpha: the kind's parameter, a number or a constant tensor [...]. Defaults: beta 0.5
+            (jensen_shannon, alpha_beta), alpha 0.1 (skew kinds), 0.5 (alpha, renyi, alpha_beta).
+        temperature: tau_s > 0, a number or a tensor [...] (or 0-d), with gradient.
+        teacher_temperature: tau_t > 0 likewise; defaults to `temperature`.
+        temperature_squared: multiply D by tau_s^2 (Hinton et al., 2015).
+        labels: int64 [...]; rows with `ignore_index` are not selected. Aligned with the logits: no
+            shift is done here.
+        mask: bool [...]; False rows are not selected (ANDed with the labels).
+        weight: float [...]; multiplies row values, with gradient. Weight 0 rows still count.
+        label_weight: coefficient of the cross entropy with `labels` at tau = 1, in the same pass.
+        clip: upper bound of each row's D; the gradient is 0 above it.
+        detach_mixture: "skew_reverse_kl" only: the mixture's student part carries no gradient.
+        reduction: "none" (values [...]), "sum", "mean", "batchmean" (sum / size of dim 0),
+            "sequence_mean" (mean over the rows of each entry of dim 0, then over entries that have
+            any).
+        normalize: what "mean" and "sequence_mean" divide by: "rows" (selected rows) or "weights".
+        num_items: divisor of "mean" instead: a number > 0 or a 0-d tensor (gradient accumulation,
+            data parallel).
+        vocab_size, teacher_vocab_size: valid columns of padded heads; beyond them a logit counts as
+            -inf. Needed where student and teacher have different widths.
+        inplace: the gradient may overwrite `student` (saves one logits tensor; backward runs once).
+
+    Returns:
+        float32 (float64 for float64 logits): 0-d, or [...] for reduction "none". A row value has a
+        relative error of at most 1e-5 at any student-teacher gap. 0 * inf = 0, -inf logits are
+        legal, a teacher row of only -inf gives 0, NaN stays in its row; "mean" over no rows is 0.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. What only data can
+            tell (label range, tensor parameters) raises on CPU tensors in eager mode, and on CUDA
+            under `kdkernels.debug()`; otherwise that row is NaN with gradient 0.
+    """
+    check_floats(student, "student")
+    if student.dim() < 1 or student.shape[-1] < 1:
+        raise ValueError(f"student: expected shape [..., V], V >= 1, got {tuple(student.shape)}")
+    if teacher is not None:
+        _check_teacher(student, teacher)
+    leading = student.shape[:-1]
+    batch = leading[0] if leading else 1
+    compiling = torch.compiler.is_compiling()
+    tensors = (
+        isinstance(beta, Tensor)
+        or isinstance(alpha, Tensor)
+        or isinstance(temperature, Tensor)
+        or isinstance(teacher_temperature, Tensor)
+        or isinstance(num_items, Tensor)
+    )
+    numbers = (
+        kind,
+        None if isinstance(beta, Tensor) else beta,
+        None if isinstance(alpha, Tensor) else alpha,
+        1.0 if isinstance(temperature, Tensor) else temperature,
+        1.0 if isinstance(teacher_temperature, Tensor) else teacher_temperature,
+        temperature_squared,
+        ignore_index,
+        label_weight,
+        clip,
+        detach_mixture,
+        reduction,
+        normalize,
+        None if isinstance(num_items, Tensor) else num_items,
+        vocab_size,
+        teacher_vocab_size,
+        student.shape[-1],
+        None if teacher is None else teacher.shape[-1],
+    )
+    if compiling:
+        rest = _constants(*numbers, 1)
+    else:
+        sequences = reduction == "batchmean" or reduction == "sequence_mean"
+        try:
+            rest = _cached_constants(*numbers, batch if sequences else 1)
+        except (
+            TypeError
+        ):  # something unhashable: a list of pairs, or a wrong type, which then says so
+            rest = _constants(*numbers, batch if sequences else 1)
+    tau_s = tau_t = None
+    if tensors:
+        rest, tau_s, tau_t = _tensor_parameters(
+            rest, kind, beta, alpha, temperature, teacher_temperature, num_items, student
+        )
+    if labels is not None:
+        rest = rest._replace(labels=_labels(labels, leading, student))
+    elif label_weight:
+        raise ValueError("labels: needed where label_weight is not 0")
+    if mask is not None:
+        rest = rest._replace(mask=_mask(mask, leading, student))
+    if weight is not None:
+        weight = _weight(weight, leading, student)
+    if inplace and _check_inplace(student, teacher, reduction, compiling):
+        rest = rest._replace(inplace=True)
+    if not compiling and settings().debug:
+        _debug(student, teacher, rest.labels, rest.spec)
+    value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
+    return value.view(leading) if reduction == "none" else value
+
+
+def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """KL(p, q) = sum p log(p/q); options as in `divergence`."""
+    return divergence(student, teacher, "forward_kl", **options)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """KL(q, p) = sum q log(q/p); options as in `divergence`."""
+    return divergence(student, teacher, "reverse_kl", **options)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """Generalised Jensen-Shannon divergence (beta=0.5); options as in `divergence`."""
+    return divergence(student, teacher, "jensen_shannon", **options)
+
+
+def total_variation(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """sum |p - q| / 2; options as in `divergence`."""
+    return divergence(student, teacher, "total_variation", **options)
+
+
+# Pieces. ----------------------------------------------------------------------------------------
+
+
+def _check_teacher(student: Tensor, teacher: Tensor) -> None:
+    check_floats(teacher, "teacher")
+    same_device(teacher, "teacher", student)
+    if teacher.shape[:-1] != student.shape[:-1] or teacher.dim() != student.dim():
+        raise ValueError(
+            f"teacher: expected leading shape {tuple(student.shape[:-1])} like the student, got "
+            f"shape {tuple(teacher.shape)}"
+        )
+    if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
+        raise TypeError(
+            f"teacher: float64 goes with float64 only, got student {student.dtype} and teacher "
+            f"{teacher.dtype}"
+        )
+
+
+def _constants(
+    kind,
+    beta,
+    alpha,
+    temperature,
+    teacher_temperature,
+    temperature_squared,
+    ignore_index,
+    label_weight,
+    clip,
+    detach_mixture,
+    reduction,
+    normalize,
+    num_items,
+    vocab_size,
+    teacher_vocab_size,
+    width,
+    teacher_width,
+    batch,
+) -> ops.Rest:
+    """Everything about a call that is neither a tensor nor depends on one, checked."""
+    described = program(kind, beta, alpha, detach_mixture)
+    spec = _spec(
+        described.numbers,
+        temperature,
+        teacher_temperature,
+        temperature_squared,
+        ignore_index,
+        label_weight,
+        clip,
+        reduction,
+        normalize,
+        num_items,
+        vocab_size,
+        teacher_vocab_size,
+        width,
+        teacher_width,
+    )
+    reads = spec.kind or spec.forward_kl or spec.reverse_kl or spec.cross_entropy
+    if teacher_width is None and reads:
+        raise ValueError(f"teacher: None is for kind 'entropy' alone, got kind {kind!r}")
+    if teacher_width is not None and not reads:
+        raise ValueError(f"teacher: kind {kind!r} has no teacher; pass None")
+    return ops.Rest(None, None, None, None, None, spec._replace(batch=float(batch)), False, False)
+
+
+# typed: True and 1 are different arguments, and one of them is an error.
+_cached_constants = lru_cache(maxsize=512, typed=True)(_constants)
+
+
+def _tensor_parameters(
+    rest, kind, beta, alpha, temperature, teacher_temperature, num_items, student
+):
+    """Per-row parameters and the divisor that are tensors: (rest, tau_s, tau_t)."""
+    leading = student.shape[:-1]
+    dtype = compute_dtype(student)
+    if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
+        described = program(kind, beta, alpha, bool(rest.spec.detach_mixture))
+        # A parameter in a tensor may be at a limit in some rows: the general kind serves them all.
+        rest = rest._replace(spec=rest.spec._replace(**{**_NO_KIND, **described.numbers}))
+        for field, (argument, tensor) in described.tensors.items():
+            if tensor.requires_grad:
+                raise ValueError(f"{argument}: a constant of the loss; it must not require grad")
+            rows = per_row(tensor, argument, leading, student, dtype)
+            _check_rows(rows, argument, described.names)
+            rest = rest._replace(**{field: rows})
+    tau_s = tau_t = None
+    if isinstance(temperature, Tensor):
+        tau_s = per_row(temperature, "temperature", leading, student, dtype)
+        _check_rows(tau_s, "temperature")
+    if isinstance(teacher_temperature, Tensor):
+        tau_t = per_row(teacher_temperature, "teacher_temperature", leading, student, dtype)
+        _check_rows(tau_t, "teacher_temperature")
+    elif teacher_temperature is None:
+        tau_t = tau_s
+    if isinstance(num_items, Tensor):
+        reduction = S.NAMES[int(rest.spec.reduction)]
+        rest = rest._replace(num_items=_num_items(num_items, reduction, student, dtype))
+    return rest, tau_s, tau_t
+
+
+_NO_KIND = {
+    field: DivergenceSpec._field_defaults[field]
+    for field in (
+        "forward_kl",
+        "reverse_kl",
+        "cross_entropy",
+        "entropy",
+        "kind",
+        "other",
+        "first",
+        "second",
+        "detach_mixture",
+        "outer",
+    )
+}
+
+
+def _spec(
+    numbers,
+    temperature,
+    teacher_temperature,
+    temperature_squared,
+    ignore_index,
+    label_weight,
+    clip,
+    reduction,
+    normalize,
+    num_items,
+    vocab_size,
+    teacher_vocab_size,
+    width,
+    teacher_width,
+) -> DivergenceSpec:
+    """Every number of the call, checked."""
+    tau = check_number(temperature, "temperature", positive=True)
+    teacher_tau = tau
+    if teacher_temperature is not None:
+        teacher_tau = check_number(teacher_temperature, "teacher_temperature", positive=True)
+    if reduction not in S.REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(S.REDUCTIONS)}, got {reduction!r}")
+    if normalize not in ("rows", "weights"):
+        raise ValueError(f"normalize: expected 'rows' or 'weights', got {normalize!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if num_items is not None:
+        num_items = check_number(num_items, "num_items", positive=True)
+        if reduction != "mean":
+            raise ValueError(f"num_items: goes with reduction 'mean', got {reduction!r}")
+    if clip is not None:
+        clip = check_number(clip, "clip", positive=True)
+    columns = _columns(vocab_size, "vocab_size", width)
+    teacher_columns = 0
+    if teacher_width is not None:
+        teacher_columns = _columns(teacher_vocab_size, "teacher_vocab_size", teacher_width)
+        if teacher_width != width and not (columns and teacher_columns):
+            raise ValueError(
+                f"teacher: the last dimension is {teacher_width}, the student's is {width}; for "
+                "padded heads pass vocab_size and teacher_vocab_size, the valid columns of each"
+            )
+    elif teacher_vocab_size is not None:
+        raise ValueError("teacher_vocab_size: there is no teacher")
+    return DivergenceSpec(
+        **numbers,
+        student_temperature=tau,
+        teacher_temperature=teacher_tau,
+        temperature_squared=float(bool(temperature_squared)),
+        label_weight=check_number(label_weight, "label_weight"),
+        ignore_index=float(ignore_index),
+        clip_token=clip or 0.0,
+        reduction=float(S.REDUCTIONS[reduction]),
+        normalize_weights=float(normalize == "weights"),
+        num_items=num_items or 0.0,
+        student_columns=float(columns),
+        teacher_columns=float(teacher_columns),
+    )
+
+
+def _columns(size, argument: str, width) -> int:
+    """Valid columns; 0 for all of them, so that the spec does not depend on V."""
+    if size is None:
+        return 0
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{argument}: expected an int, got {type(size).__name__}")
+    if not 1 <= size <= width:
+        raise ValueError(f"{argument}: expected 1 to {width} (the last dimension), got {size}")
+    return size
+
+
+def _labels(labels: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    same_device(labels, "labels", student)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels: expected int64, got {labels.dtype}")
+    if labels.shape != leading:
+        raise ValueError(
+            f"labels: expected shape {tuple(leading)} (the student's without the class dimension), "
+            f"got {tuple(labels.shape)}"
+        )
+    return labels.to(torch.int64).reshape(-1).contiguous()
+
+
+def _weight(weight: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    weight = per_row(weight, "weight", leading, student, compute_dtype(student))
+    _check_rows(weight, "weight")
+    return weight
+
+
+def _mask(mask: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    same_device(mask, "mask", student)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, got {mask.dtype}")
+    if mask.shape != leading:
+        raise ValueError(f"mask: expected shape {tuple(leading)}, got {tuple(mask.shape)}")
+    return mask.reshape(-1).contiguous()
+
+
+def _num_items(num_items: Tensor, reduction: str, student: Tensor, dtype: torch.dtype) -> Tensor:
+    if num_items.dim() != 0:
+        raise ValueError(f"num_items: expected a 0-d tensor, got shape {tuple(num_items.shape)}")
+    if reduction != "mean":
+        raise ValueError(f"num_items: goes with reduction 'mean', got {reduction!r}")
+    if num_items.requires_grad:
+        raise ValueError("num_items: a constant of the loss; it must not require grad")
+    items = num_items.to(device=student.device, dtype=dtype)
+    if _may_look(num_items) and not bool(num_items > 0):
+        raise ValueError(f"num_items: expected a number > 0, got {num_items.item()!r}")
+    return items
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether reading the tensor's data costs no synchronisation, or the caller asked for it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" or settings().debug
+
+
+def _check_rows(rows: Tensor, argument: str, names: tuple[str, ...] = ()) -> None:
+    """Data of a per-row parameter, where it may be looked at."""
+    if not _may_look(rows) or rows.numel() == 0:
+        return
+    low, high = (float(x) for x in torch.aminmax(rows.detach()))
+    if argument == "weight":
+        if low != low:
+            raise ValueError("weight: contains NaN")
+    elif argument in ("temperature", "teacher_temperature"):
+        if not (low > 0.0 and high < float("inf")):
+            raise ValueError(f"{argument}: expected finite numbers > 0, got {low!r} to {high!r}")
+    else:
+        for name in names:
+            check_parameter(name, argument, low)
+            check_parameter(name, argument, high)
+
+
+def _check_inplace(
+    student: Tensor, teacher: Tensor | None, reduction: str, compiling: bool
+) -> bool:
+    """Refuse what must not be overwritten; False where there is no gradient to write."""
+    if compiling or torch._C._are_functorch_transforms_active():
+        raise ValueError("inplace: not under torch.compile or torch.func; use inplace=False")
+    if reduction == "none":
+        raise ValueError("inplace: reduction 'none' has no gradient to write in the forward pass")
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return False
+    if student.is_leaf:
+        raise ValueError("inplace: student is a leaf that requires grad; it would be overwritten")
+    if any(n > 1 and s == 0 for n, s in zip(student.shape, student.stride())):
+        raise ValueError("inplace: student is expanded; its rows share memory")
+    if _overlaps(student):
+        raise ValueError("inplace: student overlaps itself in memory")
+    if teacher is not None and teacher.data_ptr() == student.data_ptr():
+        raise ValueError("inplace: student and teacher are the same memory")
+    return True
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some stride is shorter than what lies inside it."""
+    extent = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False
+
+
+def _debug(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: DivergenceSpec
+) -> None:
+    """kd.debug(): look at the data whatever it costs."""
+    if labels is not None and spec.label_weight:
+        chosen = labels[labels != int(spec.ignore_index)]
+        columns = int(spec.student_columns) or student.shape[-1]
+        if chosen.numel() and not (int(chosen.min()) >= 0 and int(chosen.max()) < columns):
+            raise ValueError(
+                f"labels: expected 0 to {columns - 1} or ignore_index, got "
+                f"{int(chosen.min())} to {int(chosen.max())}"
+            )
+    for argument, tensor in (("student", student), ("teacher", teacher)):
+        if tensor is not None and bool(torch.isnan(tensor).any()):
+            raise ValueError(f"{argument}: contains NaN")

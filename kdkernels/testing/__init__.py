@@ -1,0 +1,1 @@
+"""What tests of the kernels share: tolerances with their reasons, cases with known answers."""

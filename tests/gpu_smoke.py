@@ -1,0 +1,119 @@
+"""Calls each public function once on tiny shapes: what compute-sanitizer watches (`bench/gpu.sh`).
+
+    python tests/gpu_smoke.py [--device cuda] [FAMILY ...]
+
+Sanitizers slow kernels down a hundredfold, so shapes are tiny: one with a tail that fills no
+vector, one that fills several blocks. A family registers with `@family("name")`; its function runs
+forward and backward and returns the number of calls. Values are the tests' business; this script
+only looks for results that are not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+
+import torch
+
+import kdkernels as kd
+
+Smoke = Callable[[str], int]
+FAMILIES: dict[str, Smoke] = {}
+
+DIVERGENCE_KINDS = (
+    *("forward_kl", "cross_entropy", "reverse_kl", "jeffreys", "jensen_shannon"),
+    *("skew_forward_kl", "skew_reverse_kl", "total_variation", "hellinger"),
+    *("squared_hellinger", "bhattacharyya", "alpha", "renyi", "alpha_beta"),
+    *("triangular", "chi_squared", "entropy"),
+)
+SHAPES = ((3, 37), (2, 2500))  # (N, V)
+
+
+def family(name: str) -> Callable[[Smoke], Smoke]:
+    """Registers a family's smoke function."""
+
+    def register(function: Smoke) -> Smoke:
+        FAMILIES[name] = function
+        return function
+
+    return register
+
+
+def check(what: str, *tensors: torch.Tensor) -> None:
+    """RuntimeError when a result holds something that is not finite."""
+    for tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(f"{what}: a result that is not finite: {tensor}")
+
+
+@family("divergence")
+def divergence(device: str) -> int:
+    """Every kind in every dtype, then each option once."""
+    calls = 0
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for kind, dtype, shape in itertools.product(DIVERGENCE_KINDS, dtypes, SHAPES):
+        _divergence_call(device, shape, dtype, kind)
+        calls += 1
+    rows = 3
+    labels = torch.tensor([1, -100, 5], device=device)
+    weight = torch.rand(rows, device=device)
+    options = (
+        {"temperature": 2.0, "temperature_squared": True},
+        {"labels": labels, "label_weight": 0.5},
+        {"mask": labels >= 0, "weight": weight, "normalize": "weights"},
+        {"reduction": "sum", "num_items": 7},
+        {"standardize": True},
+        {"clip": 0.5},
+    )
+    for extra in options:
+        _divergence_call(device, SHAPES[0], torch.float32, "forward_kl", **extra)
+        calls += 1
+    student, teacher = _logits(device, SHAPES[0], torch.float32)
+    each = kd.divergence(student, teacher, reduction="none")
+    (gradient,) = torch.autograd.grad(each, student, torch.rand_like(each))
+    check("reduction none", each, gradient)
+    copy = student.clone()  # not a leaf: may be overwritten
+    loss = kd.divergence(copy, teacher, inplace=True)
+    (gradient,) = torch.autograd.grad(loss, copy)
+    check("inplace", loss, gradient)
+    return calls + 2
+
+
+def _logits(
+    device: str, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(shape, generator=generator) for _ in range(2))
+    return student.to(device, dtype).requires_grad_(), teacher.to(device, dtype)
+
+
+def _divergence_call(
+    device: str, shape: tuple[int, int], dtype: torch.dtype, kind: str, **options: object
+) -> None:
+    student, teacher = _logits(device, shape, dtype)
+    other = None if kind == "entropy" else teacher
+    loss = kd.divergence(student, other, kind, **options)
+    (gradient,) = torch.autograd.grad(loss, student)
+    check(f"{kind} {dtype} {shape} {sorted(options)}", loss, gradient)
+
+
+def main() -> int:
+    """Runs the families asked for (default: all); 0 when all of them ran."""
+    parser = argparse.ArgumentParser(description="Tiny calls of every public function.")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    for name in options.families or FAMILIES:
+        if name not in FAMILIES:
+            parser.error(f"FAMILY: expected one of {', '.join(FAMILIES)}, got {name}")
+        calls = FAMILIES[name](options.device)
+        print(f"{name}: {calls} calls")
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
