@@ -14,7 +14,7 @@ from kdkernels.backends.spec import DivergenceSpec
 pytestmark = pytest.mark.skipif(bool(simt.why_not()), reason=simt.why_not() or "built")
 
 NAN, INF = float("nan"), float("inf")
-ORDERS = (("ascending", 0), ("descending", 0), ("shuffled", 1), ("warp_ahead", 2))
+ORDERS = (("ascending", 0), ("descending", 0), ("shuffle", 1), ("warp_ahead", 2))
 
 # One of each variant of the row kernel, and the kinds whose formulas differ inside it.
 KINDS = {
