@@ -55,17 +55,19 @@ KD_DEVICE void push_plain(LogitSums<F, 1>& sums, const F (&x)[kChunk], F top) {
   for (int i = 0; i < kChunk; ++i) sums.add(exp2((x[i] - reference) * sums.scale));
 }
 
-// Where the numbers of the linear group's weights start, so that they stay small.
+// Where the weights of the linear group start, so that they stay small: the logits at column 0, if
+// both are finite.
 template <class F>
 struct Origin {
-  F shift;    // teacher minus student at column 0, if both are finite and the temperatures equal
-  F student;  // the student's logit at column 0, if finite
+  F student, teacher;
 
   template <class Pair>
-  KD_DEVICE Origin(const Pair& pair, bool same) : shift(F(0)), student(F(0)) {
+  KD_DEVICE explicit Origin(const Pair& pair) : student(F(0)), teacher(F(0)) {
     const F z = pair.student_at(0), a = pair.teacher_at(0);
-    if (abs(z) < F(kInfinity)) student = z;
-    if (same && abs(a - z) < F(kInfinity)) shift = a - z;
+    if (abs(z) < F(kInfinity)) {
+      student = z;
+      if (abs(a) < F(kInfinity)) teacher = a;
+    }
   }
 };
 
@@ -92,14 +94,14 @@ KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_sca
       sums.student.add(eq);
       sums.teacher.add(ep);
       if constexpr (kVariant == Variant::kForward || kVariant == Variant::kLinear) {
-        const F w = same ? ((a[i] - origin.shift) - z[i]) * student_scale
-                         : fma(a[i], teacher_scale, -(z[i] * student_scale));
+        const F own = z[i] - origin.student, other = a[i] - origin.teacher;
+        const F w = same ? (other - own) * student_scale
+                         : fma(other, teacher_scale, -(own * student_scale));
         sums.teacher.add_weight(1, ep, w);
         if constexpr (kVariant == Variant::kLinear) {
-          const F own = (z[i] - origin.student) * student_scale;
-          sums.teacher.add_weight(2, ep, own);
+          sums.teacher.add_weight(2, ep, own * student_scale);
           sums.student.add_weight(1, eq, -w);
-          sums.student.add_weight(2, eq, own);
+          sums.student.add_weight(2, eq, own * student_scale);
         }
       }
     }
@@ -125,13 +127,6 @@ struct TermSums {
     teacher += other.teacher;
   }
 };
-
-// A logit of -inf does not move, so its term counts only where it is infinite: that is how a row
-// says that it has no gradient (divergence_math.h).
-template <class F>
-KD_DEVICE F moving(F logit, F term) {
-  return logit == F(-kInfinity) && !is_inf(term) ? F(0) : term;
-}
 
 // q - p, small beside p where d is.
 template <class F>
@@ -161,8 +156,8 @@ KD_DEVICE TermSums<F> row_terms(const Pair& pair, RowSoftmax<F> softmax, const R
         const Entry<F> e = softmax.entry(z[i], a[i]);
         const Terms<F> t = terms<group_of(kVariant)>(e, kind);
         sums.value += t.value;
-        sums.student += moving(z[i], t.student);
-        sums.teacher += moving(a[i], t.teacher);
+        sums.student += t.student;
+        sums.teacher += t.teacher;
         sums.excess += excess_of(e);
       }
     }
@@ -197,7 +192,7 @@ KD_DEVICE bool one_pass_terms(const Statistics<kVariant, F>& sums, const RowSoft
     };
     // Sums of s_v and t_v, from linear_terms: reverse KL and the entropy move the student's centre,
     // forward KL and the cross entropy the teacher's.
-    const F gap = softmax.gap(origin.shift);
+    const F gap = softmax.gap(origin.student, origin.teacher);
     add(kind.forward_kl, sums.teacher.mean(1), -gap, out.teacher);
     if constexpr (kVariant == Variant::kLinear) {
       const Softmax<F>& s = softmax.student;
@@ -287,17 +282,15 @@ struct GradientPlan {
   int64_t label_column;
 
   KD_DEVICE GradientPlan(const RowParams<F>& params, const RowFacts<F>& facts, F factor, F slope,
-                         F divergence, const TermSums<F>& sums, F lse, F label_logit)
+                         F divergence, const TermSums<F>& sums, F lse)
       : student(factor * slope / facts.student_tau),
         teacher(is_inf(sums.teacher) ? F(0) : factor * slope / facts.teacher_tau),
-        label(F(0)),
+        label(facts.label >= 0 ? factor * static_cast<F>(params.spec.label_weight) : F(0)),
         centre_s(sums.student),
         centre_t(sums.teacher),
         label_lse(lse),
         temperature(F(0)),
         label_column(facts.label) {
-    // A label on a logit of -inf: loss inf, nothing to move.
-    if (label_logit > F(-kInfinity)) label = factor * static_cast<F>(params.spec.label_weight);
     if (params.spec.temperature_squared != 0) {
       const F clip = static_cast<F>(params.spec.clip_token);
       const F clipped = clip > F(0) && divergence > clip ? clip : divergence;
@@ -343,6 +336,7 @@ KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int
                                const GradientPlan<F>& plan) {
   const bool with_label = plan.label != F(0);
   const bool label_at_tau = softmax.student.scale == F(kLog2E);
+  const F lse_s = F(kLn2) * softmax.student.lse(), lse_t = F(kLn2) * softmax.teacher.lse();
   PairSum<F> temperatures;
   for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
     F z[kChunk], a[kChunk];
@@ -355,13 +349,17 @@ KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int
       const bool z_moves = z[i] > F(-kInfinity), a_moves = a[i] > F(-kInfinity);
       // The rows are overwritten here: their logits are not needed any more.
       F gz = F(0), ga = F(0);
-      if (z_moves && plan.student != F(0)) {
-        gz = plan.student * (t.student - e.q * plan.centre_s);
-        temperatures.student -= e.lq * gz;
+      if (plan.student != F(0)) {
+        const F g = plan.student * (t.student - e.q * plan.centre_s);
+        // d/d tau is -sum z g / tau. With log q = z / tau - lse in the place of z the sum stays
+        // small; what an impossible entry has in the centre makes up for the lse.
+        temperatures.student -= z_moves ? e.lq * g : -lse_s * g;
+        if (z_moves) gz = g;
       }
-      if (a_moves && plan.teacher != F(0)) {
-        ga = plan.teacher * (t.teacher - e.p * plan.centre_t);
-        temperatures.teacher -= e.lp * ga;
+      if (plan.teacher != F(0)) {
+        const F g = plan.teacher * (t.teacher - e.p * plan.centre_t);
+        temperatures.teacher -= a_moves ? e.lp * g : -lse_t * g;
+        if (a_moves) ga = g;
       }
       if (with_label) {
         const F q = label_at_tau ? e.q : exp2((z[i] - plan.label_lse) * F(kLog2E));
@@ -425,7 +423,7 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const bool same = facts.same_temperature(), labelled = facts.label >= 0;
   const bool label_apart = labelled && facts.student_tau != F(1);
   const F label_logit = pair.student_at(facts.label);
-  const Origin<F> origin(pair, same);
+  const Origin<F> origin(pair);
   LogitSums<F, 1> label;
   const Statistics<kVariant, F> statistics =
       row_statistics<kVariant>(pair, F(kLog2E) / facts.student_tau, F(kLog2E) / facts.teacher_tau,
@@ -455,7 +453,7 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   }
   write_gradients<kVariant>(pair, params, row, softmax, kind,
                             GradientPlan<F>(params, facts, factor, result.slope, result.divergence,
-                                            sums, lse, label_logit));
+                                            sums, lse));
 }
 
 template <Variant kVariant, class TS, class TT, class F>
@@ -478,8 +476,7 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
   sums.student = stats[kCentreS];
   sums.teacher = stats[kCentreT];
   const GradientPlan<F> plan(params, facts, factor, slope, stats[kDivergence], sums,
-                             stats[kLabelLse], pair.student_at(facts.label));
-  __syncthreads();  // in place: the label's logit has been read
+                             stats[kLabelLse]);
   write_gradients<kVariant>(pair, params, row, softmax, kind, plan);
 }
 

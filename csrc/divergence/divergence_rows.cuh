@@ -271,44 +271,39 @@ struct Softmax {
   }
 
   KD_DEVICE bool is_empty() const { return sum == F(0); }
+  KD_DEVICE F lse() const { return fma(reference, scale, log2_sum); }
   KD_DEVICE F exponent(F x) const { return (x - reference) * scale; }
 };
 
-KD_DEVICE float nearest_integer(float x) { return ::rintf(x); }
-KD_DEVICE double nearest_integer(double x) { return ::rint(x); }
-
 // Both softmaxes of a row: logits in, entries out.
 //
-// log p - log q is taken from the difference of the logits less that of the two largest logits, which
-// is `whole` + `rest`. The whole number goes off the teacher's logit first, which rounds nothing that
-// a - z would not round too; the rest goes off what remains. So the difference is exactly 0 for equal
-// rows, right in the last bits for close ones, exactly -log(sum_t / sum_s) where both have their
-// maximum, and does not care for a constant on all logits of one model.
+// log p - log q is the difference of the logits less that of the two largest ones, less
+// log(sum_t / sum_s): exactly 0 for equal rows, and exactly the last term where both rows have their
+// maximum, which is what a row that lies on one entry is made of. a - z is exact where the models
+// agree; where a constant lies between them, each logit's distance from its own maximum is.
 template <class F>
 struct RowSoftmax {
   Softmax<F> student, teacher;
-  F whole, rest;
+  F lead;        // the teacher's largest logit minus the student's
   F sums;        // log2(teacher.sum / student.sum)
   F correction;  // see correct()
-  bool same_temperature;
+  bool same_temperature, side_by_side;
 
   KD_DEVICE RowSoftmax(const Softmax<F>& s, const Softmax<F>& t, bool same)
       : student(s),
         teacher(t),
-        whole(nearest_integer(t.reference - s.reference)),
-        rest((t.reference - whole) - s.reference),
+        lead(t.reference - s.reference),
         correction(F(0)),
-        same_temperature(same) {
+        same_temperature(same),
+        side_by_side(abs(lead) < F(1)) {
     // One logarithm of the quotient is nearer than the difference of two.
     sums = s.is_empty() || t.is_empty() ? t.log2_sum - s.log2_sum : log2(t.sum / s.sum);
   }
 
-  // log2-sum-exp of the teacher minus the student's, less `shift` logits (equal temperatures only).
-  KD_DEVICE F gap(F shift) const {
-    const F top = same_temperature
-                      ? ((whole - shift) + rest) * student.scale
-                      : teacher.reference * teacher.scale - student.reference * student.scale;
-    return top + sums;
+  // log2-sum-exp of the teacher minus the student's, of logits less one number for each row.
+  KD_DEVICE F gap(F from_student, F from_teacher) const {
+    const F s = student.reference - from_student, t = teacher.reference - from_teacher;
+    return (same_temperature ? (t - s) * student.scale : t * teacher.scale - s * student.scale) + sums;
   }
 
   // The normalisers are rounded, so all log p - log q are off by one common number: 1e-7, which is
@@ -323,8 +318,11 @@ struct RowSoftmax {
     e.p = exp2(xt) * teacher.inverse;
     e.lq = F(kLn2) * log_q;
     e.lp = F(kLn2) * log_p;
-    const F d = same_temperature ? fma(((a - whole) - z) - rest, student.scale, -sums)
-                                 : log_p - log_q;
+    F d = log_p - log_q;
+    if (same_temperature) {
+      const F apart = side_by_side ? (a - z) - lead : (a - teacher.reference) - (z - student.reference);
+      d = fma(apart, student.scale, -sums);
+    }
     e.d = F(kLn2) * (d + correction);
     return e;
   }
