@@ -55,22 +55,6 @@ KD_DEVICE void push_plain(LogitSums<F, 1>& sums, const F (&x)[kChunk], F top) {
   for (int i = 0; i < kChunk; ++i) sums.add(exp2((x[i] - reference) * sums.scale));
 }
 
-// Where the weights of the linear group start, so that they stay small: the logits at column 0, if
-// both are finite.
-template <class F>
-struct Origin {
-  F student, teacher;
-
-  template <class Pair>
-  KD_DEVICE explicit Origin(const Pair& pair) : student(F(0)), teacher(F(0)) {
-    const F z = pair.student_at(0), a = pair.teacher_at(0);
-    if (abs(z) < F(kInfinity)) {
-      student = z;
-      if (abs(a) < F(kInfinity)) teacher = a;
-    }
-  }
-};
-
 template <Variant kVariant, class Pair, class F>
 KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale,
                                                  F teacher_scale, const Origin<F>& origin,
@@ -95,8 +79,8 @@ KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_sca
       sums.teacher.add(ep);
       if constexpr (kVariant == Variant::kForward || kVariant == Variant::kLinear) {
         const F own = z[i] - origin.student, other = a[i] - origin.teacher;
-        const F w = same ? (other - own) * student_scale
-                         : fma(other, teacher_scale, -(own * student_scale));
+        F w = fma(other, teacher_scale, -(own * student_scale));
+        if (same) w = (origin.close ? (a[i] - z[i]) - origin.lead : other - own) * student_scale;
         sums.teacher.add_weight(1, ep, w);
         if constexpr (kVariant == Variant::kLinear) {
           sums.teacher.add_weight(2, ep, own * student_scale);
@@ -192,7 +176,7 @@ KD_DEVICE bool one_pass_terms(const Statistics<kVariant, F>& sums, const RowSoft
     };
     // Sums of s_v and t_v, from linear_terms: reverse KL and the entropy move the student's centre,
     // forward KL and the cross entropy the teacher's.
-    const F gap = softmax.gap(origin.student, origin.teacher);
+    const F gap = softmax.gap(origin);
     add(kind.forward_kl, sums.teacher.mean(1), -gap, out.teacher);
     if constexpr (kVariant == Variant::kLinear) {
       const Softmax<F>& s = softmax.student;

@@ -275,19 +275,45 @@ struct Softmax {
   KD_DEVICE F exponent(F x) const { return (x - reference) * scale; }
 };
 
+// Whether the logits of two models lie side by side, given how far one leads. Then a - z rounds
+// little or nothing; where a constant lies between them, each logit's distance from its own row's
+// reference rounds less.
+template <class F>
+KD_DEVICE bool are_close(F lead) {
+  return abs(lead) < F(4);
+}
+
+// Where the weights of the linear group start, so that they stay small: the logits at column 0, if
+// both are finite.
+template <class F>
+struct Origin {
+  F student, teacher, lead;
+  bool close;
+
+  template <class Pair>
+  KD_DEVICE explicit Origin(const Pair& pair) : student(F(0)), teacher(F(0)) {
+    const F z = pair.student_at(0), a = pair.teacher_at(0);
+    if (abs(z) < F(kInfinity)) {
+      student = z;
+      if (abs(a) < F(kInfinity)) teacher = a;
+    }
+    lead = teacher - student;
+    close = are_close(lead);
+  }
+};
+
 // Both softmaxes of a row: logits in, entries out.
 //
 // log p - log q is the difference of the logits less that of the two largest ones, less
 // log(sum_t / sum_s): exactly 0 for equal rows, and exactly the last term where both rows have their
-// maximum, which is what a row that lies on one entry is made of. a - z is exact where the models
-// agree; where a constant lies between them, each logit's distance from its own maximum is.
+// maximum, which is what a row that lies on one entry is made of.
 template <class F>
 struct RowSoftmax {
   Softmax<F> student, teacher;
   F lead;        // the teacher's largest logit minus the student's
   F sums;        // log2(teacher.sum / student.sum)
   F correction;  // see correct()
-  bool same_temperature, side_by_side;
+  bool same_temperature, close;
 
   KD_DEVICE RowSoftmax(const Softmax<F>& s, const Softmax<F>& t, bool same)
       : student(s),
@@ -295,15 +321,17 @@ struct RowSoftmax {
         lead(t.reference - s.reference),
         correction(F(0)),
         same_temperature(same),
-        side_by_side(abs(lead) < F(1)) {
+        close(are_close(lead)) {
     // One logarithm of the quotient is nearer than the difference of two.
     sums = s.is_empty() || t.is_empty() ? t.log2_sum - s.log2_sum : log2(t.sum / s.sum);
   }
 
-  // log2-sum-exp of the teacher minus the student's, of logits less one number for each row.
-  KD_DEVICE F gap(F from_student, F from_teacher) const {
-    const F s = student.reference - from_student, t = teacher.reference - from_teacher;
-    return (same_temperature ? (t - s) * student.scale : t * teacher.scale - s * student.scale) + sums;
+  // log2-sum-exp of the teacher minus the student's, of logits less their origin.
+  KD_DEVICE F gap(const Origin<F>& origin) const {
+    const F s = student.reference - origin.student, t = teacher.reference - origin.teacher;
+    F top = t * teacher.scale - s * student.scale;
+    if (same_temperature) top = (origin.close ? lead - origin.lead : t - s) * student.scale;
+    return top + sums;
   }
 
   // The normalisers are rounded, so all log p - log q are off by one common number: 1e-7, which is
@@ -320,7 +348,8 @@ struct RowSoftmax {
     e.lp = F(kLn2) * log_p;
     F d = log_p - log_q;
     if (same_temperature) {
-      const F apart = side_by_side ? (a - z) - lead : (a - teacher.reference) - (z - student.reference);
+      const F apart = close ? (a - z) - lead
+                            : (a - teacher.reference) - (z - student.reference);
       d = fma(apart, student.scale, -sums);
     }
     e.d = F(kLn2) * (d + correction);
