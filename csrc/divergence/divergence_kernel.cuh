@@ -363,10 +363,10 @@ KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int
 
 // ---- kernels -----------------------------------------------------------------------------------
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const RowFacts<F> facts(params, row);
-  const RowPair<TS, TT, F> pair(params, row);
+  const RowPair<T, F> pair(params, row);
   F* stats = params.stats + row * params.stats_stride;
   F unit = F(0), factor = F(0);
   if (facts.selected) {
@@ -440,9 +440,9 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
                                             sums, lse));
 }
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
-  const RowPair<TS, TT, F> pair(params, row);
+  const RowPair<T, F> pair(params, row);
   const F* stats = params.stats + row * params.stats_stride;
   const F slope = stats[kSlope];
   const F factor = stats[kFactor] == F(0) ? F(0) : stats[kFactor] * params.upstream.at(row);
@@ -466,48 +466,47 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
 
 // 64 registers a thread let two of the largest blocks share a multiprocessor of 65536; where that
 // does not do without spilling, one block may have 128.
-template <Variant kVariant, class TS>
+template <Variant kVariant, class T>
 constexpr int kBlocksPerMultiprocessor =
-    kVariant == Variant::kForward && !std::is_same<TS, AnyFloat>::value ? 2 : 1;
+    kVariant == Variant::kForward && !std::is_same<T, AnyFloat>::value ? 2 : 1;
 
-template <Variant kVariant, class TS, class TT, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+template <Variant kVariant, class T, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
     divergence_fwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    forward_row<kVariant, TS, TT>(params, row);
+    forward_row<kVariant, T>(params, row);
   }
 }
 
-template <Variant kVariant, class TS, class TT, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+template <Variant kVariant, class T, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
     divergence_bwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    backward_row<kVariant, TS, TT>(params, row);
+    backward_row<kVariant, T>(params, row);
   }
 }
 
 // ---- launchers ---------------------------------------------------------------------------------
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 void launch_rows_as(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
-  forward ? launch(info, divergence_fwd_row_kernel<kVariant, TS, TT, F>, params)
-          : launch(info, divergence_bwd_row_kernel<kVariant, TS, TT, F>, params);
+  forward ? launch(info, divergence_fwd_row_kernel<kVariant, T, F>, params)
+          : launch(info, divergence_bwd_row_kernel<kVariant, T, F>, params);
 }
 
 template <Variant kVariant, class F>
 void launch_rows(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
   if constexpr (std::is_same<F, float>::value) {
-    // Equal types, the common case, are compiled in; a mixture is looked up chunk by chunk.
+    // Equal types, the common case, are compiled in; mixtures are looked up chunk by chunk, which
+    // costs branches and keeps the compilation of seven architectures within minutes.
     const DType type = params.student.dtype;
     if (params.teacher.data == nullptr || params.teacher.dtype == type) {
-      if (type == DType::kFloat32) {
-        return launch_rows_as<kVariant, float, float>(params, forward, info);
-      }
-      if (type == DType::kFloat16) return launch_rows_as<kVariant, f16, f16>(params, forward, info);
-      return launch_rows_as<kVariant, bf16, bf16>(params, forward, info);
+      if (type == DType::kFloat32) return launch_rows_as<kVariant, float>(params, forward, info);
+      if (type == DType::kFloat16) return launch_rows_as<kVariant, f16>(params, forward, info);
+      return launch_rows_as<kVariant, bf16>(params, forward, info);
     }
   }
-  launch_rows_as<kVariant, AnyFloat, AnyFloat>(params, forward, info);
+  launch_rows_as<kVariant, AnyFloat>(params, forward, info);
 }
 
 }  // namespace kd::cuda
