@@ -371,6 +371,38 @@ struct Origin {
   }
 };
 
+// teacher.sum / student.sum. Rows that nearly agree consist of its distance from 1, so that is what
+// is kept; of a quotient below 1/2 the reciprocal, negated, so that it keeps its digits too.
+template <class F>
+struct Quotient {
+  F code;  // quotient - 1 where that is >= -1/2, else -1 / quotient
+
+  KD_DEVICE static Quotient of(F teacher, F student) {
+    return {teacher >= F(0.5) * student ? (teacher - student) / student : -student / teacher};
+  }
+  KD_DEVICE bool is_excess() const { return code >= F(-0.5); }
+  KD_DEVICE F times(F student) const {
+    return is_excess() ? fma(student, code, student) : -student / code;
+  }
+  KD_DEVICE F log2_value() const {
+    return is_excess() ? F(kLog2E) * log1p(code) : -log2(-code);
+  }
+  KD_DEVICE Quotient divided_by_one_plus(F x) const {
+    return {is_excess() ? (code - x) / (F(1) + x) : code * (F(1) + x)};
+  }
+};
+
+// The first four statistics of a row.
+template <class F>
+struct RowSums {
+  F student_reference, student_sum, teacher_reference;
+  F quotient;  // code of teacher's sum / student's; the teacher's sum where the student's is 0
+
+  KD_DEVICE F teacher_sum() const {
+    return student_sum == F(0) ? quotient : Quotient<F>{quotient}.times(student_sum);
+  }
+};
+
 // Both softmaxes of a row: logits in, entries out.
 //
 // log p - log q is the difference of the logits less that of the two largest ones, less
@@ -379,20 +411,40 @@ struct Origin {
 template <class F>
 struct RowSoftmax {
   Softmax<F> student, teacher;
-  F lead;        // the teacher's largest logit minus the student's
-  F sums;        // log2(teacher.sum / student.sum)
-  F correction;  // see correct()
+  F lead;          // the teacher's largest logit minus the student's
+  F lead_of_sums;  // log2(teacher.sum / student.sum)
+  Quotient<F> quotient;
   bool same_temperature, close;
 
   KD_DEVICE RowSoftmax(const Softmax<F>& s, const Softmax<F>& t, bool same)
       : student(s),
         teacher(t),
         lead(t.reference - s.reference),
-        correction(F(0)),
+        lead_of_sums(F(0)),
+        quotient(Quotient<F>::of(t.sum, s.sum)),
         same_temperature(same),
         close(are_close(lead)) {
-    // One logarithm of the quotient is nearer than the difference of two.
-    sums = s.is_empty() || t.is_empty() ? t.log2_sum - s.log2_sum : log2(t.sum / s.sum);
+    update();
+  }
+
+  // As a backward finds it in the statistics.
+  KD_DEVICE RowSoftmax(const RowSums<F>& sums, F student_tau, F teacher_tau)
+      : RowSoftmax(Softmax<F>(student_tau, sums.student_reference, sums.student_sum),
+                   Softmax<F>(teacher_tau, sums.teacher_reference, sums.teacher_sum()),
+                   student_tau == teacher_tau) {
+    quotient = {sums.quotient};
+    update();
+  }
+
+  KD_DEVICE RowSums<F> row_sums() const {
+    return {student.reference, student.sum, teacher.reference,
+            student.is_empty() ? teacher.sum : quotient.code};
+  }
+
+  KD_DEVICE void update() {
+    // A row without any entry has no normaliser; its entries are infinitely far from the other's.
+    lead_of_sums = student.is_empty() || teacher.is_empty() ? teacher.log2_sum - student.log2_sum
+                                                            : quotient.log2_value();
   }
 
   // log2-sum-exp of the teacher minus the student's, of logits less their origin.
@@ -400,12 +452,15 @@ struct RowSoftmax {
     const F s = student.reference - origin.student, t = teacher.reference - origin.teacher;
     F top = t * teacher.scale - s * student.scale;
     if (same_temperature) top = (origin.close ? lead - origin.lead : t - s) * student.scale;
-    return top + sums;
+    return top + lead_of_sums;
   }
 
   // The normalisers are rounded, so all log p - log q are off by one common number: 1e-7, which is
   // much where the rows differ by little. sum (q - p), measured as sum p (e^-d - 1), is that number.
-  KD_DEVICE void correct(F excess) { correction += F(kLog2E) * log1p(excess); }
+  KD_DEVICE void correct(F measured) {
+    quotient = quotient.divided_by_one_plus(measured);
+    update();
+  }
 
   KD_DEVICE Entry<F> entry(F z, F a) const {
     const F xs = student.exponent(z), xt = teacher.exponent(a);
@@ -415,13 +470,13 @@ struct RowSoftmax {
     e.p = exp2(xt) * teacher.inverse;
     e.lq = F(kLn2) * log_q;
     e.lp = F(kLn2) * log_p;
-    F d = log_p - log_q;
+    F d = (xt - xs) - lead_of_sums;
     if (same_temperature) {
       const F apart = close ? (a - z) - lead
                             : (a - teacher.reference) - (z - student.reference);
-      d = fma(apart, student.scale, -sums);
+      d = fma(apart, student.scale, -lead_of_sums);
     }
-    e.d = F(kLn2) * (d + correction);
+    e.d = F(kLn2) * d;
     return e;
   }
 };
