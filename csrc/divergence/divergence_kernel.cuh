@@ -20,10 +20,12 @@ namespace kd::cuda {
 
 // ---- 1. statistics -----------------------------------------------------------------------------
 
-// Sums beside the normaliser. kForward: the difference of the logits, weighted by the teacher; kLinear: that and the
-// student's own logit, weighted by either row.
+// Sums beside the normaliser. kForward: the difference of the logits, weighted by the teacher;
+// kLinear: that and the student's own logit, weighted by either row.
 template <Variant kVariant>
-constexpr int kTeacherSums = kVariant == Variant::kForward ? 2 : kVariant == Variant::kLinear ? 3 : 1;
+constexpr int kTeacherSums = kVariant == Variant::kForward  ? 2
+                             : kVariant == Variant::kLinear ? 3
+                                                            : 1;
 template <Variant kVariant>
 constexpr int kStudentSums = kVariant == Variant::kLinear ? 3 : 1;
 
@@ -56,10 +58,9 @@ KD_DEVICE void push_plain(LogitSums<F, 1>& sums, const F (&x)[kChunk], F top) {
 }
 
 template <Variant kVariant, class Pair, class F>
-KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale,
-                                                 F teacher_scale, const Origin<F>& origin,
-                                                 bool same, bool with_label,
-                                                 LogitSums<F, 1>& label) {
+KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale, F teacher_scale,
+                                                 const Origin<F>& origin, bool same,
+                                                 bool with_label, LogitSums<F, 1>& label) {
   Statistics<kVariant, F> sums;
   sums.student.scale = student_scale;
   sums.teacher.scale = teacher_scale;
@@ -118,8 +119,9 @@ KD_DEVICE F excess_of(const Entry<F>& e) {
   return abs(e.d) < F(kSmallGap<F>) ? e.p * (small_gap(e.d) - e.d) : e.q - e.p;
 }
 
-// Whether the common error of all d moves the value: by its square where d enters squared, by itself
-// in the probability and power groups. Never for rows that differ by more than rounding does.
+// Whether the common error of all d moves the value: by its square where d enters squared, by
+// itself in the probability and power groups. Never for rows that differ by more than rounding
+// does.
 template <Variant kVariant, class F>
 KD_DEVICE bool needs_correction(const TermSums<F>& sums) {
   const bool squared = kVariant != Variant::kProbability && kVariant != Variant::kPower;
@@ -258,11 +260,11 @@ KD_DEVICE RowValue<F> value_of(TermSums<F>& sums, const RowParams<F>& params,
 
 template <class F>
 struct GradientPlan {
-  F student, teacher;      // factor x slope / tau
-  F label;                 // factor x label weight; 0 without a label
-  F centre_s, centre_t;    // S and T of divergence_math.h
-  F label_lse;             // natural log-sum-exp of the student at tau = 1
-  F temperature;           // d(row value)/d tau_s through tau_s^2, times factor
+  F student, teacher;    // factor x slope / tau
+  F label;               // factor x label weight; 0 without a label
+  F centre_s, centre_t;  // S and T of divergence_math.h
+  F label_lse;           // natural log-sum-exp of the student at tau = 1
+  F temperature;         // d(row value)/d tau_s through tau_s^2, times factor
   int64_t label_column;
 
   KD_DEVICE GradientPlan(const RowParams<F>& params, const RowFacts<F>& facts, F factor, F slope,
@@ -369,17 +371,16 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const RowPair<T, F> pair(params, row);
   F* stats = params.stats + row * params.stats_stride;
   F unit = F(0), factor = F(0);
-  if (facts.selected) {
-    unit = params.unit_is_ready ? stats[kUnit] : F(1) / params.divisor.at(row);
-    factor = unit * params.weight.at(row);
-  }
   const bool wants_gradient =
       pair.wants_student() || pair.wants_teacher() || params.grad_temperature;
 
-  // Everybody has read kUnit before thread 0 writes the row's statistics.
-  const auto write = [&](const RowSums<F>& row_sums, const TermSums<F>& sums, F divergence,
-                         F slope, F lse, F value) {
-    __syncthreads();
+  const auto write = [&](const RowSums<F>& row_sums, const TermSums<F>& sums, F divergence, F slope,
+                         F lse, F value) {
+    // Only now, to keep them out of the loops' registers.
+    if (facts.selected) {
+      unit = params.unit_is_ready ? stats[kUnit] : F(1) / params.divisor.at(row);
+      factor = unit * params.weight.at(row);
+    }
     if (threadIdx.x != 0) return;
     stats[kMaxS] = row_sums.student_reference;
     stats[kSumS] = row_sums.student_sum;
@@ -392,8 +393,9 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     stats[kLabelLse] = lse;
     stats[kValue] = value;
     stats[kFactor] = factor;
-    stats[kUnit] = unit;
-    if (params.value) params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
+    if (!params.unit_is_ready) stats[kUnit] = unit;
+    if (params.value)
+      params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
   };
 
   if (!facts.selected || !facts.valid) {
@@ -406,7 +408,6 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const RowKind<F> kind = kind_of<kVariant>(params, row, facts.first);
   const bool same = facts.same_temperature(), labelled = facts.label >= 0;
   const bool label_apart = labelled && facts.student_tau != F(1);
-  const F label_logit = pair.student_at(facts.label);
   const Origin<F> origin(pair);
   LogitSums<F, 1> label;
   const Statistics<kVariant, F> statistics =
@@ -426,7 +427,8 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     const Softmax<F> at_one =
         label_apart ? Softmax<F>(F(1), label.max, label.sum[0]) : softmax.student;
     lse = fma(F(kLn2), at_one.log2_sum, at_one.reference);
-    const F nll = F(kLn2) * (at_one.log2_sum - at_one.exponent(label_logit));
+    const F nll = F(kLn2) * (at_one.log2_sum - at_one.exponent(pair.student_at(facts.label)));
+    __syncthreads();  // in place: everybody has the label's logit before anybody writes
     value += static_cast<F>(params.spec.label_weight) * nll;
   }
   const RowSums<F> row_sums = softmax.row_sums();
@@ -437,10 +439,9 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     return fill_gradients(pair, params, row, factor == F(0) ? F(0) : F(NAN));
   }
   // From what is stored, so that a backward repeats this gradient to the bit.
-  write_gradients<kVariant>(pair, params, row,
-                            RowSoftmax<F>(row_sums, facts.student_tau, facts.teacher_tau), kind,
-                            GradientPlan<F>(params, facts, factor, result.slope, result.divergence,
-                                            sums, lse));
+  write_gradients<kVariant>(
+      pair, params, row, RowSoftmax<F>(row_sums, facts.student_tau, facts.teacher_tau), kind,
+      GradientPlan<F>(params, facts, factor, result.slope, result.divergence, sums, lse));
 }
 
 template <Variant kVariant, class T, class F>
@@ -466,11 +467,17 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
   write_gradients<kVariant>(pair, params, row, softmax, kind, plan);
 }
 
-// 64 registers a thread let two of the largest blocks share a multiprocessor of 65536; where that
-// does not do without spilling, one block may have 128.
+// Blocks that share a multiprocessor: while one reduces, another loads. It bounds the registers:
+// 128 a thread for two blocks, 80 for three, 64 for four (which older architectures, without
+// uniform registers for what all threads agree on, cannot do without spilling).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kBlocksOfForwardKl = 4;
+#else
+constexpr int kBlocksOfForwardKl = 3;
+#endif
 template <Variant kVariant, class T>
 constexpr int kBlocksPerMultiprocessor =
-    kVariant == Variant::kForward && !std::is_same<T, AnyFloat>::value ? 2 : 1;
+    kVariant == Variant::kForward && !std::is_same<T, AnyFloat>::value ? kBlocksOfForwardKl : 2;
 
 template <Variant kVariant, class T, class F>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
@@ -515,13 +522,13 @@ void launch_rows(const RowParams<F>& params, bool forward, const LaunchInfo& inf
 
 // Each group is compiled in a file of its own, so that the compilers share the work.
 #if defined(__CUDACC__)
-#define KD_INSTANTIATE_ROWS(variant)              \
-  template void kd::cuda::launch_rows<variant, float>( \
-      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&);
+#define KD_INSTANTIATE_ROWS(variant)                                                           \
+  template void kd::cuda::launch_rows<variant, float>(const kd::cuda::RowParams<float>&, bool, \
+                                                      const kd::LaunchInfo&);
 #else
-#define KD_INSTANTIATE_ROWS(variant)                                   \
-  template void kd::cuda::launch_rows<variant, float>(                 \
-      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&); \
-  template void kd::cuda::launch_rows<variant, double>(                \
-      const kd::cuda::RowParams<double>&, bool, const kd::LaunchInfo&);
+#define KD_INSTANTIATE_ROWS(variant)                                                             \
+  template void kd::cuda::launch_rows<variant, float>(const kd::cuda::RowParams<float>&, bool,   \
+                                                      const kd::LaunchInfo&);                    \
+  template void kd::cuda::launch_rows<variant, double>(const kd::cuda::RowParams<double>&, bool, \
+                                                       const kd::LaunchInfo&);
 #endif
