@@ -30,17 +30,24 @@ from .divergence_math import (
     outer_value,
     stopped_and_flowing,
     terms,
+    zero_times,
 )
 
 # Columns a tile, at 8 entries a thread: one 16-byte load of half logits. Compiled for sm_80 and sm_90
-# this does not spill for any kind; 16 entries a thread do. Run times on a GPU are not measured yet.
+# that takes up to 236 registers; 16 entries a thread take all 255 and spill. Run times on a GPU are
+# not measured yet.
 _BLOCK = 2048
 _ENTRIES = 8
+
+# The interpreter wraps kernels in a class of its own.
+INTERPRETED = not isinstance(terms, triton.runtime.JITFunction)
+IN_PYTHON = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below this one-pass value (nats) a row is finished by non-negative generators: the one-pass form is
 # a difference of numbers of order 1, exact to about 1e-7 only.
 SMALL = tl.constexpr(0.05)
+HUGE = tl.constexpr(1e30)
 STATS = tl.constexpr(S.STATS)
 MAX_S, SUM_S = tl.constexpr(S.MAX_S), tl.constexpr(S.SUM_S)
 MAX_T, SUM_T = tl.constexpr(S.MAX_T), tl.constexpr(S.SUM_T)
@@ -60,23 +67,49 @@ def _row_number(pointer, number, row):
 
 
 @triton.jit
-def _reference(base2):
-    """The finite number that stands for a maximum of -inf (base 2)."""
-    return tl.where(base2 == -INFINITY, 0.0, base2)
+def _reference(top, k2):
+    """The logit that a row's exponentials are taken about, from its largest logit.
+
+    It is what comes back from the stored base-2 maximum, so that forward and backward agree; a
+    row of -inf has 0. Where the stored maximum overflows, the logit itself.
+    """
+    stored = top * k2
+    logit = tl.where(tl.abs(stored) < INFINITY, stored / k2, top)
+    return tl.where(top == -INFINITY, 0.0, logit)
 
 
 @triton.jit
-def _rescale(old, new, k2):
-    """What sums about the maximum `old` are multiplied by to stand about `new`; NaN sums stay NaN."""
-    started = old != -INFINITY
-    before = tl.where(started, _reference(old * k2) / k2, 0.0)
-    after = _reference(new * k2) / k2
+def _reference_again(stored, k2, row_pointer, valid, BLOCK: tl.constexpr):
+    """_reference in the backward; a maximum that overflowed is looked up in the logits."""
+    logit = stored / k2
+    if tl.abs(stored) == INFINITY:
+        lanes = tl.arange(0, BLOCK)
+        top = tl.full((BLOCK,), -INFINITY, tl.float32)
+        for start in range(0, valid, BLOCK):
+            top = tl.maximum(top, _load(row_pointer, start + lanes, valid))
+        logit = tl.max(top, 0)
+    return logit
+
+
+@triton.jit
+def _rescale(started, before, after, k2):
+    """What sums about `before` are multiplied by to stand about `after`; NaN sums stay NaN."""
     return tl.where(started, tl.exp2((before - after) * k2), 1.0)
 
 
 @triton.jit
 def _load(row_pointer, columns, valid):
     return tl.load(row_pointer + columns, mask=columns < valid, other=-INFINITY).to(tl.float32)
+
+
+@triton.jit
+def _round_to(x, dtype: tl.constexpr):
+    """Round to nearest even. The interpreter truncates to bfloat16, so its bits are rounded first."""
+    if IN_PYTHON and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -102,7 +135,10 @@ def _entry(z, a, r_s, r_t, inv_s, inv_t, log_s, log_t, log_ratio, k_s, k_t, HAS_
         # The difference of the logits first: it is exact for close rows. At different temperatures
         # the second term carries what is left.
         both = tl.where(dead_s | dead_t, 0.0, a) - tl.where(dead_s | dead_t, 0.0, z)
-        d = (both - (r_t - r_s)) * k_t + tl.where(k_t == k_s, 0.0, x * (k_t - k_s)) - log_ratio
+        shift = r_t - r_s
+        d = (both - shift) * k_t + tl.where(k_t == k_s, 0.0, x * (k_t - k_s)) - log_ratio
+        # Differences of logits near the largest float overflow, those about the maxima do not.
+        d = tl.where(tl.abs(both) + tl.abs(shift) < HUGE, d, lp - lq)
         d = tl.where(dead_s, tl.where(dead_t, 0.0, INFINITY), tl.where(dead_t, -INFINITY, d))
     else:
         p, lp, d = q * 0.0, lq, q * 0.0
@@ -116,14 +152,14 @@ def _fill(row_pointer, width, number, BLOCK: tl.constexpr):
     block = tl.zeros((BLOCK,), tl.float32) + number
     for start in range(0, width, BLOCK):
         columns = start + lanes
-        tl.store(row_pointer + columns, block.to(row_pointer.dtype.element_ty), mask=columns < width)
+        tl.store(row_pointer + columns, _round_to(block, row_pointer.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
 def _gradients(
     student, teacher, grad_student, grad_teacher, grad_tau,  # this row's; None: not wanted
     widths_s, widths_t, valid_s, valid_t, label,
-    max_s, sum_s, max_t, sum_t, divergence, centre_s, centre_t, slope, lse, value, g,
+    r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse, value, g,
     tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
     F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
     DETACH: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr, LABEL: tl.constexpr,
@@ -142,7 +178,6 @@ def _gradients(
             tl.store(grad_tau + 1, number)
     else:
         k_s, k_t = 1.0 / tau_s, 1.0 / tau_t
-        r_s, r_t = max_s / (k_s * LOG2E), max_t / (k_t * LOG2E)
         one_s, one_t = tl.where(sum_s > 0, sum_s, 1.0), tl.where(sum_t > 0, sum_t, 1.0)
         log_s, log_t = tl.log(one_s), tl.log(one_t)
         log_ratio = _log_ratio(one_t, one_s)
@@ -151,7 +186,7 @@ def _gradients(
         moment_s = tl.zeros((BLOCK,), tl.float32)
         moment_t = tl.zeros((BLOCK,), tl.float32)
         lanes = tl.arange(0, BLOCK)
-        hit = tl.where((label >= 0) & (label < widths_s) & (lse < INFINITY), label, -1).to(tl.int32)
+        hit = tl.where((label >= 0) & (label < widths_s), label, -1).to(tl.int32)
         end = widths_s
         if teacher is not None:
             end = tl.maximum(widths_s, widths_t)
@@ -171,23 +206,23 @@ def _gradients(
             slant = tl.where(flows_s, slant, 0.0)
             if grad_tau is not None:
                 # The mean of the logits is free, as the gradient sums to 0.
-                moment_s += slant * tl.where(dead, 0.0, z - r_s)
+                moment_s += tl.where(slant != 0, slant * tl.where(dead, 0.0, z - r_s), 0.0)
             if grad_student is not None:
                 if LABEL:
                     soft = tl.exp2((tl.where(dead, -INFINITY, z) - lse) * LOG2E)
                     soft = tl.where(columns == hit, soft - 1.0, soft)
                     slant += tl.where(dead, 0.0, label_weight * soft)
                 tl.store(grad_student + columns,
-                         (g * slant).to(grad_student.dtype.element_ty), mask=columns < widths_s)
+                         _round_to(g * slant, grad_student.dtype.element_ty), mask=columns < widths_s)
             if teacher is not None:
                 dead = a == -INFINITY
                 slant = tl.where(dead, 0.0, (t - p * centre_t) * (slope * k_t))
                 slant = tl.where(flows_t, slant, 0.0)
                 if grad_tau is not None:
-                    moment_t += slant * tl.where(dead, 0.0, a - r_t)
+                    moment_t += tl.where(slant != 0, slant * tl.where(dead, 0.0, a - r_t), 0.0)
                 if grad_teacher is not None:
                     tl.store(grad_teacher + columns,
-                             (g * slant).to(grad_teacher.dtype.element_ty), mask=columns < widths_t)
+                             _round_to(g * slant, grad_teacher.dtype.element_ty), mask=columns < widths_t)
         if grad_tau is not None:
             by_s = -k_s * tl.sum(moment_s, 0)
             if SQUARED:
@@ -275,6 +310,8 @@ def _selected_row(
     # Pass 1.
     top_s = tl.full((), -INFINITY, tl.float32)
     top_t = tl.full((), -INFINITY, tl.float32)
+    r_s = tl.full((), 0.0, tl.float32)
+    r_t = tl.full((), 0.0, tl.float32)
     anchor_z = tl.full((), 0.0, tl.float32)
     anchor = tl.full((), 0.0, tl.float32)
     total_s = tl.zeros((BLOCK,), tl.float32)
@@ -287,22 +324,22 @@ def _selected_row(
         columns = start + lanes
         z = _load(student, columns, valid_s)
         new_s = tl.maximum(top_s, tl.max(z, 0))
-        e_s = tl.exp2((z - _reference(new_s * k2_s) / k2_s) * k2_s)
-        total_s = total_s * _rescale(top_s, new_s, k2_s) + e_s
+        started = top_s != -INFINITY
+        about = _reference(new_s, k2_s)
+        total_s = total_s * _rescale(started, r_s, about, k2_s) + tl.exp2((z - about) * k2_s)
         if LABEL:
-            # About the same reference as the softmax at tau.
-            shift = _reference(new_s * k2_s) / k2_s
-            started = top_s != -INFINITY
-            before = tl.where(started, _reference(top_s * k2_s) / k2_s, shift)
-            total_1 = total_1 * tl.exp2((before - shift) * LOG2E) + tl.exp2((z - shift) * LOG2E)
+            total_1 = total_1 * _rescale(started, r_s, about, LOG2E) + tl.exp2((z - about) * LOG2E)
+        r_s = about
         if HAS_TEACHER:
             a = _load(teacher, columns, valid_t)
             new_t = tl.maximum(top_t, tl.max(a, 0))
-            e_t = tl.exp2((a - _reference(new_t * k2_t) / k2_t) * k2_t)
-            moved = _rescale(top_t, new_t, k2_t)
+            about = _reference(new_t, k2_t)
+            e_t = tl.exp2((a - about) * k2_t)
+            moved = _rescale(top_t != -INFINITY, r_t, about, k2_t)
+            r_t = about
             total_t = total_t * moved + e_t
             if ONE_PASS:
-                known = (start == 0) & (new_s > -INFINITY) & (new_t > -INFINITY)
+                known = (start == 0) & (tl.abs(new_s) + tl.abs(new_t) < HUGE)
                 anchor_z = tl.where(known, new_s, anchor_z)
                 anchor = tl.where(known, new_t - new_s, anchor)
                 gone = z == -INFINITY
@@ -311,13 +348,13 @@ def _selected_row(
                 free_z = tl.where(gone, 0.0, z - anchor_z)
                 free_d = tl.where(gone, 0.0, a) - tl.where(gone, 0.0, z) - anchor
                 difference = free_d * k_t + tl.where(k_t == k_s, 0.0, free_z * (k_t - k_s))
-                total_d = total_d * moved + tl.where(gone, 0.0, e_t * difference)
+                total_d = total_d * moved + tl.where(gone, 0.0, zero_times(e_t, difference))
                 if X:
-                    total_x = total_x * moved + tl.where(gone, 0.0, e_t * free_z)
+                    total_x = total_x * moved + tl.where(gone, 0.0, zero_times(e_t, free_z))
             top_t = new_t
         top_s = new_s
-    max_s, max_t = _reference(top_s * k2_s), _reference(top_t * k2_t)
-    r_s, r_t = max_s / k2_s, max_t / k2_t
+    max_s = tl.where(top_s == -INFINITY, 0.0, top_s * k2_s)
+    max_t = tl.where(top_t == -INFINITY, 0.0, top_t * k2_t)
     sum_s, sum_t = tl.sum(total_s, 0), tl.sum(total_t, 0)
     one_s, one_t = tl.where(sum_s == 0, 1.0, sum_s), tl.where(sum_t == 0, 1.0, sum_t)
     log_s, log_t = tl.log(one_s), tl.log(one_t)
@@ -344,7 +381,8 @@ def _selected_row(
             centre_t += x * cross
             if not F:
                 small = cross
-        unfinished = tl.where((small < SMALL) | no_q, 1, 0)
+        centre_t = tl.where(no_q, INFINITY, centre_t)
+        unfinished = tl.where((small < SMALL) & (no_q == 0), 1, 0)
     if unfinished != 0:
         sum_value = tl.zeros((BLOCK,), tl.float32)
         sum_cs = tl.zeros((BLOCK,), tl.float32)
@@ -363,22 +401,16 @@ def _selected_row(
             v, s, t, cs, ct = terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H,
                                     KIND, DETACH)
             sum_value += v
-            # Impossible entries have no gradient, so they are not in the centres.
-            sum_cs += tl.where(z == -INFINITY, 0.0, cs)
+            sum_cs += cs
             if HAS_TEACHER:
-                sum_ct += tl.where(a == -INFINITY, 0.0, ct)
+                sum_ct += ct
                 lost_p += tl.where(z == -INFINITY, p, 0.0)
                 lost_q += tl.where(a == -INFINITY, q, 0.0)
         value = tl.sum(sum_value, 0)
         centre_s = tl.sum(sum_cs, 0)
         centre_t = tl.sum(sum_ct, 0)
-        outside_p, outside_q = tl.sum(lost_p, 0), tl.sum(lost_q, 0)
-        no_q = outside_p > 0
-        no_p = outside_q > 0
-        if F or X:
-            centre_s += (f + x) * outside_p
-        if R:
-            centre_t += r * outside_q
+        no_q = tl.sum(lost_p, 0) > 0
+        no_p = tl.sum(lost_q, 0) > 0
 
     # The row's own arithmetic.
     stopped, flowing = stopped_and_flowing(no_q, no_p, first, second, F, R, X, KIND)
@@ -408,8 +440,7 @@ def _selected_row(
         dead = z == -INFINITY
         sum_1 = tl.sum(total_1, 0)
         log_1 = tl.log(tl.where(sum_1 == 0, 1.0, sum_1))
-        # An impossible label costs inf and has no gradient.
-        lse = tl.where(dead, INFINITY, r_s + log_1)
+        lse = r_s + log_1
         value += label_weight * tl.where(dead, INFINITY, r_s - tl.where(dead, 0.0, z) + log_1)
     else:
         label = tl.full((), -1, tl.int64)
@@ -431,7 +462,7 @@ def _selected_row(
         g = tl.load(stats + FACTOR)
         _gradients(
             student, teacher, grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s,
-            valid_t, label, max_s, sum_s, max_t, sum_t, divergence, centre_s, centre_t, slope, lse,
+            valid_t, label, r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse,
             value, g, tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
             F, R, X, H, KIND, DETACH, SQUARED, CLIP, LABEL, BLOCK,
         )  # fmt: skip
@@ -467,14 +498,18 @@ def _backward_kernel(
         label = tl.load(labels + row)
     else:
         label = tl.full((), -1, tl.int64)
+    tau_s = _row_number(tau_s_rows, tau_s_number, row)
+    tau_t = _row_number(tau_t_rows, tau_t_number, row)
+    r_s = _reference_again(tl.load(stats + MAX_S), 1.0 / tau_s * LOG2E, student, valid_s, BLOCK)
+    if teacher is not None:
+        r_t = _reference_again(tl.load(stats + MAX_T), 1.0 / tau_t * LOG2E, teacher, valid_t, BLOCK)
+    else:
+        r_t = r_s
     _gradients(
         student, teacher, grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s, valid_t,
-        label, tl.load(stats + MAX_S), tl.load(stats + SUM_S), tl.load(stats + MAX_T),
-        tl.load(stats + SUM_T), tl.load(stats + DIVERGENCE), tl.load(stats + CENTRE_S),
+        label, r_s, tl.load(stats + SUM_S), r_t, tl.load(stats + SUM_T), tl.load(stats + DIVERGENCE), tl.load(stats + CENTRE_S),
         tl.load(stats + CENTRE_T), tl.load(stats + SLOPE), tl.load(stats + LABEL_LSE),
-        tl.load(stats + VALUE), tl.load(factors + row),
-        _row_number(tau_s_rows, tau_s_number, row), _row_number(tau_t_rows, tau_t_number, row),
-        first, second, f, r, x, h, other, label_weight, clip,
+        tl.load(stats + VALUE), tl.load(factors + row), tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
         F, R, X, H, KIND, DETACH, SQUARED, CLIP, LABEL, BLOCK,
     )  # fmt: skip
 
@@ -489,11 +524,9 @@ def _scale_kernel(tensor, factor, stride, width, blocks, BLOCK: tl.constexpr):
         pointers = tensor + (program // blocks) * stride + columns
         inside = columns < width
         scaled = tl.load(pointers, mask=inside).to(tl.float32) * number
-        tl.store(pointers, scaled.to(tensor.dtype.element_ty), mask=inside)
+        tl.store(pointers, _round_to(scaled, tensor.dtype.element_ty), mask=inside)
 
 
-# The interpreter wraps kernels in a class of its own.
-INTERPRETED = not isinstance(_forward_kernel, triton.runtime.JITFunction)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -38,6 +38,8 @@ BHATTACHARYYA = tl.constexpr(S.BHATTACHARYYA)
 RENYI = tl.constexpr(S.RENYI)
 
 INFINITY = tl.constexpr(float("inf"))
+# Above it at least one side of an entry is possible, even if its probability underflows.
+UNDERFLOW = tl.constexpr(-20000.0)
 LOWEST_LOG = tl.constexpr(-30000.0)  # stands in for log 0 where it is multiplied by an exponent
 
 
@@ -113,15 +115,15 @@ def linear_terms(p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, 
                  H: tl.constexpr):
     """f forward KL + r reverse KL + x cross entropy + h entropy; F, R, X, H: which are there.
 
-    Also the summands of S and T, in which sum(q - p) = 0 is used instead of summed: over possible
-    entries the (q - p) of s adds up to the p of the impossible ones, which `centre` takes directly.
+    Also the summands of S and T, without the q - p in them, which adds up to 0.
     """
     value = tl.zeros_like(p)
     student = tl.zeros_like(p)
     teacher = tl.zeros_like(p)
     centre_s = tl.zeros_like(p)
     centre_t = tl.zeros_like(p)
-    pq = q - p
+    # The gradient of close rows is this difference: from d it is right to its own size.
+    pq = tl.where(tl.abs(d) < 0.5, p * expm1(-d), q - p)
     if F:
         value += f * kl_generator(p, pq, d)
         rest = f * zero_times(p, d)
@@ -228,7 +230,8 @@ def probability_terms(p, q, d, lp, lq, KIND: tl.constexpr):
         value = scaled * t * t
         student = -scaled * signed * (2.0 + t)
         teacher = 2.0 * signed * tl.where(above, scaled, p)
-    exists = base > 0
+    # p^2 / q may count where both underflow.
+    exists = (tl.maximum(lp, lq) > UNDERFLOW) if KIND == CHI_SQUARED else base > 0
     return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
             tl.where(exists, teacher, 0.0))
 
@@ -245,7 +248,7 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
     by one that is 0 is replaced by a division by 1 and not selected.
     """
     s = alpha + beta
-    exists = tl.maximum(p, q) > 0
+    exists = tl.maximum(lp, lq) > UNDERFLOW
     d = tl.where(exists, d, 0.0)
     lp = tl.maximum(lp, LOWEST_LOG)
     lq = tl.maximum(lq, LOWEST_LOG)
@@ -265,7 +268,10 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
     safe_beta = tl.where(beta == 0, 1.0, beta)
     whole = tl.where(s == 0, 0.0, kl_generator(base, other - base, s * sd) / safe_s)
     part = tl.where(little == 0, 0.0, kl_generator(base, W - base, little * sd) / safe_little)
-    value = (whole - part) / safe_big
+    # Far from each other, and at zeros, the base sd in both parts cancels before it is rounded.
+    far = (tl.abs(s * sd) >= 1.0) & (tl.abs(little * sd) >= 1.0)
+    value = tl.where(far, (other - base) / safe_s - (W - base) / safe_little, whole - part)
+    value = value / safe_big
     # (Q - W) / alpha and (P - W) / beta; their limits are -Q d and P d.
     x = alpha * d
     student = tl.where(tl.abs(x) < 0.5, -Q * expm1(x), Q - W) / safe_alpha
@@ -328,6 +334,8 @@ def stopped_and_flowing(no_q, no_p, first, second, F: tl.constexpr, R: tl.conste
         # q^beta diverges for beta < 0, and beta = 0 keeps p^alpha log(p / q), as forward KL.
         flowing = flowing | (no_q & (second == 0))
         stopped = stopped | (no_q & (second < 0)) | (no_p & (first <= 0))
+        # Opposed exponents whose sum is not positive diverge at either zero.
+        stopped = stopped | ((no_q | no_p) & (first + second <= 0) & (second != 0))
     return stopped, flowing
 
 
