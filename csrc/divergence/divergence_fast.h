@@ -90,8 +90,8 @@ struct MixtureForm {
       const V pq = V(slant * c.other) * (f.p - f.q);
       const V rp = select(above, inverse, inverse * ratio);
       const V rq = select(above, inverse * ratio, inverse);
-      f.student -= f.q * rq * pq * V(c.mix_student * (S(1) - c.mix));
-      f.teacher -= f.p * rp * pq * w;
+      f.student -= rq * pq * V(c.mix_student * (S(1) - c.mix));
+      f.teacher -= rp * pq * w;
     }
     return f;
   }

@@ -55,17 +55,22 @@ KD_DEVICE void push_plain(OnlineSums<F, 1>& sums, const F (&x)[kChunk], F top, F
   for (int i = 0; i < kChunk; ++i) sums.sum[0] = sums.sum[0] + exp2(fma(x[i], scale, -reference));
 }
 
+KD_DEVICE float nearest_integer(float x) { return ::rintf(x); }
+KD_DEVICE double nearest_integer(double x) { return ::rint(x); }
+
 // Where the numbers of the linear group's weights start, so that they stay small.
 template <class F>
 struct Origin {
-  F shift;    // teacher minus student at column 0, if both are finite and the temperatures equal
+  // Teacher minus student at column 0, if both are finite and the temperatures equal. An integer:
+  // taking it off a logit rounds nothing that their difference would not round too.
+  F shift;
   F student;  // the student's logit at column 0, if finite
 
   template <class Pair>
   KD_DEVICE Origin(const Pair& pair, bool same) : shift(F(0)), student(F(0)) {
     const F z = pair.student_at(0), a = pair.teacher_at(0);
     if (abs(z) < F(kInfinity)) student = z;
-    if (same && abs(a - z) < F(kInfinity)) shift = a - z;
+    if (same && abs(a - z) < F(kInfinity)) shift = nearest_integer(a - z);
   }
 };
 

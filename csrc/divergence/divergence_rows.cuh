@@ -247,7 +247,9 @@ struct RowSoftmax {
   KD_DEVICE RowSoftmax(const Softmax<F>& s, const Softmax<F>& t, bool same, F shift_)
       : student(s), teacher(t), shift(shift_), same_temperature(same) {
     const F top = same ? fma(-shift, s.scale, t.reference) : t.reference;
-    gap = (top - s.reference) + (t.log2_sum - s.log2_sum);
+    // One logarithm of the quotient is nearer than the difference of two.
+    const F sums = s.is_empty() || t.is_empty() ? t.log2_sum - s.log2_sum : log2(t.sum / s.sum);
+    gap = (top - s.reference) + sums;
   }
 
   KD_DEVICE Entry<F> entry(F z, F a) const {
