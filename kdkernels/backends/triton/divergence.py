@@ -22,216 +22,48 @@ from ..spec import DivergenceSpec
 from ..torch import selection, unit_factors
 from .divergence_math import (
     ALPHA,
-    ALPHA_BETA,
     INFINITY,
     NO_KIND,
     SKEW_REVERSE,
-    log1p,
     outer_value,
     stopped_and_flowing,
     terms,
     zero_times,
 )
+from .divergence_rows import (
+    CENTRE_S,
+    CENTRE_T,
+    DIVERGENCE,
+    FACTOR,
+    HUGE,
+    INTERPRETED,
+    LABEL_LSE,
+    LOG2E,
+    MAX_S,
+    MAX_T,
+    SLOPE,
+    SMALL,
+    STATS,
+    SUM_S,
+    SUM_T,
+    VALUE,
+    entry,
+    fill,
+    gradients,
+    load,
+    log_ratio,
+    reference,
+    reference_again,
+    rescale,
+    round_to,
+    row_number,
+)
 
-# Columns a tile, at 8 entries a thread: one 16-byte load of half logits. Compiled for sm_80 and sm_90
-# that takes up to 236 registers; 16 entries a thread take all 255 and spill. Run times on a GPU are
+# Columns a tile, at 8 entries a thread: one 16-byte load of half logits. Compiled for sm_80 and
+# sm_90 that takes up to 236 registers; 16 entries a thread take all 255 and spill. Run times are
 # not measured yet.
 _BLOCK = 2048
 _ENTRIES = 8
-
-# The interpreter wraps kernels in a class of its own.
-INTERPRETED = not isinstance(terms, triton.runtime.JITFunction)
-IN_PYTHON = tl.constexpr(INTERPRETED)
-
-LOG2E = tl.constexpr(1.4426950408889634)
-# Below this one-pass value (nats) a row is finished by non-negative generators: the one-pass form is
-# a difference of numbers of order 1, exact to about 1e-7 only.
-SMALL = tl.constexpr(0.05)
-HUGE = tl.constexpr(1e30)
-STATS = tl.constexpr(S.STATS)
-MAX_S, SUM_S = tl.constexpr(S.MAX_S), tl.constexpr(S.SUM_S)
-MAX_T, SUM_T = tl.constexpr(S.MAX_T), tl.constexpr(S.SUM_T)
-DIVERGENCE = tl.constexpr(S.DIVERGENCE)
-CENTRE_S, CENTRE_T = tl.constexpr(S.CENTRE_S), tl.constexpr(S.CENTRE_T)
-SLOPE, LABEL_LSE, VALUE = tl.constexpr(S.SLOPE), tl.constexpr(S.LABEL_LSE), tl.constexpr(S.VALUE)
-FACTOR = tl.constexpr(S.FACTOR)
-
-
-@triton.jit
-def _row_number(pointer, number, row):
-    """A row's parameter: its own, or the number of the call."""
-    if pointer is None:
-        return tl.full((), number, tl.float32)
-    else:
-        return tl.load(pointer + row)
-
-
-@triton.jit
-def _reference(top, k2):
-    """The logit that a row's exponentials are taken about, from its largest logit.
-
-    It is what comes back from the stored base-2 maximum, so that forward and backward agree; a
-    row of -inf has 0. Where the stored maximum overflows, the logit itself.
-    """
-    stored = top * k2
-    logit = tl.where(tl.abs(stored) < INFINITY, stored / k2, top)
-    return tl.where(top == -INFINITY, 0.0, logit)
-
-
-@triton.jit
-def _reference_again(stored, k2, row_pointer, valid, BLOCK: tl.constexpr):
-    """_reference in the backward; a maximum that overflowed is looked up in the logits."""
-    logit = stored / k2
-    if tl.abs(stored) == INFINITY:
-        lanes = tl.arange(0, BLOCK)
-        top = tl.full((BLOCK,), -INFINITY, tl.float32)
-        for start in range(0, valid, BLOCK):
-            top = tl.maximum(top, _load(row_pointer, start + lanes, valid))
-        logit = tl.max(top, 0)
-    return logit
-
-
-@triton.jit
-def _rescale(started, before, after, k2):
-    """What sums about `before` are multiplied by to stand about `after`; NaN sums stay NaN."""
-    return tl.where(started, tl.exp2((before - after) * k2), 1.0)
-
-
-@triton.jit
-def _load(row_pointer, columns, valid):
-    return tl.load(row_pointer + columns, mask=columns < valid, other=-INFINITY).to(tl.float32)
-
-
-@triton.jit
-def _round_to(x, dtype: tl.constexpr):
-    """Round to nearest even. The interpreter truncates to bfloat16, so its bits are rounded first."""
-    if IN_PYTHON and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
-def _log_ratio(x, y):
-    """log(x / y) of two sums: exactly 0 for equal ones, accurate for close ones."""
-    small = (x - y) / y
-    near = tl.abs(small) <= 0.5
-    return tl.where(near, log1p(tl.where(near, small, 0.0)), tl.log(x) - tl.log(y))
-
-
-@triton.jit
-def _entry(z, a, r_s, r_t, inv_s, inv_t, log_s, log_t, log_ratio, k_s, k_t, HAS_TEACHER: tl.constexpr):
-    """(p, q, d, lp, lq) of a block. r: reference logits; k = 1 / tau; inv, log: of the sums."""
-    dead_s = z == -INFINITY
-    x = tl.where(dead_s, 0.0, z - r_s)
-    q = tl.where(dead_s, 0.0, tl.exp2(x * (k_s * LOG2E)) * inv_s)
-    lq = tl.where(dead_s, -INFINITY, x * k_s - log_s)
-    if HAS_TEACHER:
-        dead_t = a == -INFINITY
-        y = tl.where(dead_t, 0.0, a - r_t)
-        p = tl.where(dead_t, 0.0, tl.exp2(y * (k_t * LOG2E)) * inv_t)
-        lp = tl.where(dead_t, -INFINITY, y * k_t - log_t)
-        # The difference of the logits first: it is exact for close rows. At different temperatures
-        # the second term carries what is left.
-        both = tl.where(dead_s | dead_t, 0.0, a) - tl.where(dead_s | dead_t, 0.0, z)
-        shift = r_t - r_s
-        d = (both - shift) * k_t + tl.where(k_t == k_s, 0.0, x * (k_t - k_s)) - log_ratio
-        # Differences of logits near the largest float overflow, those about the maxima do not.
-        d = tl.where(tl.abs(both) + tl.abs(shift) < HUGE, d, lp - lq)
-        d = tl.where(dead_s, tl.where(dead_t, 0.0, INFINITY), tl.where(dead_t, -INFINITY, d))
-    else:
-        p, lp, d = q * 0.0, lq, q * 0.0
-    return p, q, d, lp, lq
-
-
-@triton.jit
-def _fill(row_pointer, width, number, BLOCK: tl.constexpr):
-    """Write one number over a row."""
-    lanes = tl.arange(0, BLOCK)
-    block = tl.zeros((BLOCK,), tl.float32) + number
-    for start in range(0, width, BLOCK):
-        columns = start + lanes
-        tl.store(row_pointer + columns, _round_to(block, row_pointer.dtype.element_ty), mask=columns < width)
-
-
-@triton.jit
-def _gradients(
-    student, teacher, grad_student, grad_teacher, grad_tau,  # this row's; None: not wanted
-    widths_s, widths_t, valid_s, valid_t, label,
-    r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse, value, g,
-    tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
-    F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
-    DETACH: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr, LABEL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Pass 3: gradients of g times the row's value, from its statistics."""
-    if (g == 0) | (value != value):
-        # A row that does not count, NaN in the logits (slope NaN), or parameters out of range.
-        number = tl.where(g == 0, 0.0, tl.where(slope != slope, float("nan"), 0.0))
-        if grad_student is not None:
-            _fill(grad_student, widths_s, number, BLOCK)
-        if grad_teacher is not None:
-            _fill(grad_teacher, widths_t, number, BLOCK)
-        if grad_tau is not None:
-            tl.store(grad_tau, number)
-            tl.store(grad_tau + 1, number)
-    else:
-        k_s, k_t = 1.0 / tau_s, 1.0 / tau_t
-        one_s, one_t = tl.where(sum_s > 0, sum_s, 1.0), tl.where(sum_t > 0, sum_t, 1.0)
-        log_s, log_t = tl.log(one_s), tl.log(one_t)
-        log_ratio = _log_ratio(one_t, one_s)
-        flows_s = (slope != 0) & (tl.abs(centre_s) < INFINITY)
-        flows_t = (slope != 0) & (tl.abs(centre_t) < INFINITY)
-        moment_s = tl.zeros((BLOCK,), tl.float32)
-        moment_t = tl.zeros((BLOCK,), tl.float32)
-        lanes = tl.arange(0, BLOCK)
-        hit = tl.where((label >= 0) & (label < widths_s), label, -1).to(tl.int32)
-        end = widths_s
-        if teacher is not None:
-            end = tl.maximum(widths_s, widths_t)
-        for start in range(0, end, BLOCK):
-            columns = start + lanes
-            z = _load(student, columns, valid_s)
-            if teacher is not None:
-                a = _load(teacher, columns, valid_t)
-            else:
-                a = z
-            p, q, d, lp, lq = _entry(z, a, r_s, r_t, 1.0 / one_s, 1.0 / one_t, log_s, log_t,
-                                     log_ratio, k_s, k_t, teacher is not None)
-            _, s, t, _, _ = terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H,
-                                  KIND, DETACH)
-            dead = z == -INFINITY
-            slant = tl.where(dead, 0.0, (s - q * centre_s) * (slope * k_s))
-            slant = tl.where(flows_s, slant, 0.0)
-            if grad_tau is not None:
-                # The mean of the logits is free, as the gradient sums to 0.
-                moment_s += tl.where(slant != 0, slant * tl.where(dead, 0.0, z - r_s), 0.0)
-            if grad_student is not None:
-                if LABEL:
-                    soft = tl.exp2((tl.where(dead, -INFINITY, z) - lse) * LOG2E)
-                    soft = tl.where(columns == hit, soft - 1.0, soft)
-                    slant += tl.where(dead, 0.0, label_weight * soft)
-                tl.store(grad_student + columns,
-                         _round_to(g * slant, grad_student.dtype.element_ty), mask=columns < widths_s)
-            if teacher is not None:
-                dead = a == -INFINITY
-                slant = tl.where(dead, 0.0, (t - p * centre_t) * (slope * k_t))
-                slant = tl.where(flows_t, slant, 0.0)
-                if grad_tau is not None:
-                    moment_t += tl.where(slant != 0, slant * tl.where(dead, 0.0, a - r_t), 0.0)
-                if grad_teacher is not None:
-                    tl.store(grad_teacher + columns,
-                             _round_to(g * slant, grad_teacher.dtype.element_ty), mask=columns < widths_t)
-        if grad_tau is not None:
-            by_s = -k_s * tl.sum(moment_s, 0)
-            if SQUARED:
-                bounded = divergence
-                if CLIP:
-                    bounded = tl.minimum(bounded, clip)
-                by_s += 2.0 * tau_s * bounded
-            tl.store(grad_tau, g * by_s)
-            tl.store(grad_tau + 1, -g * k_t * tl.sum(moment_t, 0))
 
 
 @triton.jit
@@ -260,9 +92,9 @@ def _forward_kernel(
         for i in tl.static_range(FACTOR):
             tl.store(stats + i, 0.0)
         if grad_student is not None:
-            _fill(grad_student, width_s, 0.0, BLOCK)
+            fill(grad_student, width_s, 0.0, BLOCK)
         if grad_teacher is not None:
-            _fill(grad_teacher, width_t, 0.0, BLOCK)
+            fill(grad_teacher, width_t, 0.0, BLOCK)
         if grad_tau is not None:
             tl.store(grad_tau, 0.0)
             tl.store(grad_tau + 1, 0.0)
@@ -287,13 +119,13 @@ def _selected_row(
     HAS_TEACHER: tl.constexpr = teacher is not None
     # Forward KL and cross entropy come out of pass 1.
     ONE_PASS: tl.constexpr = HAS_TEACHER and KIND == NO_KIND and not R and not H
-    tau_s = _row_number(tau_s_rows, tau_s_number, row)
-    tau_t = _row_number(tau_t_rows, tau_t_number, row)
-    first = _row_number(first_rows, first_number, row)
+    tau_s = row_number(tau_s_rows, tau_s_number, row)
+    tau_t = row_number(tau_t_rows, tau_t_number, row)
+    first = row_number(first_rows, first_number, row)
     if KIND == ALPHA:
         second = 1.0 - first
     else:
-        second = _row_number(second_rows, second_number, row)
+        second = row_number(second_rows, second_number, row)
     # What only the data can tell: such a row is NaN with gradient 0.
     bad = (tau_s > 0) == 0
     if HAS_TEACHER:
@@ -322,20 +154,20 @@ def _selected_row(
     lost = tl.full((BLOCK,), -INFINITY, tl.float32)  # teacher logits over impossible student ones
     for start in range(0, end, BLOCK):
         columns = start + lanes
-        z = _load(student, columns, valid_s)
+        z = load(student, columns, valid_s)
         new_s = tl.maximum(top_s, tl.max(z, 0))
         started = top_s != -INFINITY
-        about = _reference(new_s, k2_s)
-        total_s = total_s * _rescale(started, r_s, about, k2_s) + tl.exp2((z - about) * k2_s)
+        about = reference(new_s, k2_s)
+        total_s = total_s * rescale(started, r_s, about, k2_s) + tl.exp2((z - about) * k2_s)
         if LABEL:
-            total_1 = total_1 * _rescale(started, r_s, about, LOG2E) + tl.exp2((z - about) * LOG2E)
+            total_1 = total_1 * rescale(started, r_s, about, LOG2E) + tl.exp2((z - about) * LOG2E)
         r_s = about
         if HAS_TEACHER:
-            a = _load(teacher, columns, valid_t)
+            a = load(teacher, columns, valid_t)
             new_t = tl.maximum(top_t, tl.max(a, 0))
-            about = _reference(new_t, k2_t)
+            about = reference(new_t, k2_t)
             e_t = tl.exp2((a - about) * k2_t)
-            moved = _rescale(top_t != -INFINITY, r_t, about, k2_t)
+            moved = rescale(top_t != -INFINITY, r_t, about, k2_t)
             r_t = about
             total_t = total_t * moved + e_t
             if ONE_PASS:
@@ -358,7 +190,7 @@ def _selected_row(
     sum_s, sum_t = tl.sum(total_s, 0), tl.sum(total_t, 0)
     one_s, one_t = tl.where(sum_s == 0, 1.0, sum_s), tl.where(sum_t == 0, 1.0, sum_t)
     log_s, log_t = tl.log(one_s), tl.log(one_t)
-    log_ratio = _log_ratio(one_t, one_s)
+    gap = log_ratio(one_t, one_s)
 
     # Pass 2.
     no_q = bad & (bad == 0)
@@ -371,7 +203,7 @@ def _selected_row(
         no_q = tl.exp2((tl.max(lost, 0) - r_t) * k2_t) / one_t > 0
         shifts = (anchor - (r_t - r_s)) * k_t
         shifts += tl.where(k_t == k_s, 0.0, (anchor_z - r_s) * (k_t - k_s))
-        small = tl.sum(total_d, 0) / one_t + shifts - log_ratio  # forward KL
+        small = tl.sum(total_d, 0) / one_t + shifts - gap  # forward KL
         if F:
             value += f * small
             centre_t += f * small
@@ -391,15 +223,17 @@ def _selected_row(
         lost_q = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, end, BLOCK):
             columns = start + lanes
-            z = _load(student, columns, valid_s)
+            z = load(student, columns, valid_s)
             if HAS_TEACHER:
-                a = _load(teacher, columns, valid_t)
+                a = load(teacher, columns, valid_t)
             else:
                 a = z
-            p, q, d, lp, lq = _entry(z, a, r_s, r_t, 1.0 / one_s, 1.0 / one_t, log_s, log_t,
-                                     log_ratio, k_s, k_t, HAS_TEACHER)
-            v, s, t, cs, ct = terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H,
-                                    KIND, DETACH)
+            p, q, d, lp, lq = entry(
+                z, a, r_s, r_t, 1.0 / one_s, 1.0 / one_t, log_s, log_t, gap, k_s, k_t, HAS_TEACHER
+            )
+            v, _, _, cs, ct = terms(
+                p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H, KIND, DETACH
+            )
             sum_value += v
             sum_cs += cs
             if HAS_TEACHER:
@@ -460,7 +294,7 @@ def _selected_row(
     tl.store(stats + VALUE, value)
     if grad_student is not None or grad_teacher is not None or grad_tau is not None:
         g = tl.load(stats + FACTOR)
-        _gradients(
+        gradients(
             student, teacher, grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s,
             valid_t, label, r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse,
             value, g, tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
@@ -489,27 +323,28 @@ def _backward_kernel(
         grad_teacher += row * grad_stride_t
     if grad_tau is not None:
         grad_tau += row * 2
-    first = _row_number(first_rows, first_number, row)
+    first = row_number(first_rows, first_number, row)
     if KIND == ALPHA:
         second = 1.0 - first
     else:
-        second = _row_number(second_rows, second_number, row)
+        second = row_number(second_rows, second_number, row)
     if LABEL:
         label = tl.load(labels + row)
     else:
         label = tl.full((), -1, tl.int64)
-    tau_s = _row_number(tau_s_rows, tau_s_number, row)
-    tau_t = _row_number(tau_t_rows, tau_t_number, row)
-    r_s = _reference_again(tl.load(stats + MAX_S), 1.0 / tau_s * LOG2E, student, valid_s, BLOCK)
+    tau_s = row_number(tau_s_rows, tau_s_number, row)
+    tau_t = row_number(tau_t_rows, tau_t_number, row)
+    r_s = reference_again(tl.load(stats + MAX_S), 1.0 / tau_s * LOG2E, student, valid_s, BLOCK)
     if teacher is not None:
-        r_t = _reference_again(tl.load(stats + MAX_T), 1.0 / tau_t * LOG2E, teacher, valid_t, BLOCK)
+        r_t = reference_again(tl.load(stats + MAX_T), 1.0 / tau_t * LOG2E, teacher, valid_t, BLOCK)
     else:
         r_t = r_s
-    _gradients(
+    gradients(
         student, teacher, grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s, valid_t,
-        label, r_s, tl.load(stats + SUM_S), r_t, tl.load(stats + SUM_T), tl.load(stats + DIVERGENCE), tl.load(stats + CENTRE_S),
-        tl.load(stats + CENTRE_T), tl.load(stats + SLOPE), tl.load(stats + LABEL_LSE),
-        tl.load(stats + VALUE), tl.load(factors + row), tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
+        label, r_s, tl.load(stats + SUM_S), r_t, tl.load(stats + SUM_T),
+        tl.load(stats + DIVERGENCE), tl.load(stats + CENTRE_S), tl.load(stats + CENTRE_T),
+        tl.load(stats + SLOPE), tl.load(stats + LABEL_LSE), tl.load(stats + VALUE),
+        tl.load(factors + row), tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
         F, R, X, H, KIND, DETACH, SQUARED, CLIP, LABEL, BLOCK,
     )  # fmt: skip
 
@@ -524,7 +359,7 @@ def _scale_kernel(tensor, factor, stride, width, blocks, BLOCK: tl.constexpr):
         pointers = tensor + (program // blocks) * stride + columns
         inside = columns < width
         scaled = tl.load(pointers, mask=inside).to(tl.float32) * number
-        tl.store(pointers, _round_to(scaled, tensor.dtype.element_ty), mask=inside)
+        tl.store(pointers, round_to(scaled, tensor.dtype.element_ty), mask=inside)
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -554,8 +389,13 @@ def _valid(columns: float, width: int) -> int:
     return int(columns) if 0 < columns < width else width
 
 
-def _arguments(student: Tensor, teacher: Tensor | None, grad_student: Tensor | None,
-               grad_teacher: Tensor | None, spec: DivergenceSpec) -> tuple[tuple, dict]:
+def _arguments(
+    student: Tensor,
+    teacher: Tensor | None,
+    grad_student: Tensor | None,
+    grad_teacher: Tensor | None,
+    spec: DivergenceSpec,
+) -> tuple[tuple, dict]:
     """What both kernels take after their pointers: numbers, and compile-time options."""
     width_s = student.shape[1]
     width_t = 0 if teacher is None else teacher.shape[1]
@@ -578,9 +418,24 @@ def _arguments(student: Tensor, teacher: Tensor | None, grad_student: Tensor | N
     return numbers, options
 
 
-def divergence_fwd(student, teacher, labels, mask, weight, student_temperature,
-                   teacher_temperature, first, second, num_items, value, stats, grad_student,
-                   grad_teacher, grad_temperature, spec) -> None:
+def divergence_fwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    weight,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    num_items,
+    value,
+    stats,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+    spec,
+) -> None:
     """Forward of csrc/divergence/divergence.h."""
     spec = DivergenceSpec(*spec)
     _check("student", student)
@@ -599,18 +454,43 @@ def divergence_fwd(student, teacher, labels, mask, weight, student_temperature,
     if student.shape[0] > 0:
         with _device(student):
             _forward_kernel[(student.shape[0],)](
-                student, teacher, labels, selected.view(torch.uint8), student_temperature,
-                teacher_temperature, first, second, stats, grad_student, grad_teacher,
-                grad_temperature, *numbers, OUTER=int(spec.outer), **options,
+                student,
+                teacher,
+                labels,
+                selected.view(torch.uint8),
+                student_temperature,
+                teacher_temperature,
+                first,
+                second,
+                stats,
+                grad_student,
+                grad_teacher,
+                grad_temperature,
+                *numbers,
+                OUTER=int(spec.outer),
+                **options,
             )
     rows = stats[:, S.VALUE].double()
     weighted = torch.where(factor == 0, 0.0, rows * factor)
     value.copy_(weighted if spec.reduction == S.NONE else weighted.sum())
 
 
-def divergence_bwd(student, teacher, labels, mask, student_temperature, teacher_temperature, first,
-                   second, stats, upstream, grad_student, grad_teacher, grad_temperature,
-                   spec) -> None:
+def divergence_bwd(
+    student,
+    teacher,
+    labels,
+    mask,
+    student_temperature,
+    teacher_temperature,
+    first,
+    second,
+    stats,
+    upstream,
+    grad_student,
+    grad_teacher,
+    grad_temperature,
+    spec,
+) -> None:
     """Backward of csrc/divergence/divergence.h, from the logits and the statistics."""
     spec = DivergenceSpec(*spec)
     _check("student", student)
@@ -622,8 +502,20 @@ def divergence_bwd(student, teacher, labels, mask, student_temperature, teacher_
     if student.shape[0] > 0:
         with _device(student):
             _backward_kernel[(student.shape[0],)](
-                student, teacher, labels, student_temperature, teacher_temperature, first, second,
-                stats, factors, grad_student, grad_teacher, grad_temperature, *numbers, **options,
+                student,
+                teacher,
+                labels,
+                student_temperature,
+                teacher_temperature,
+                first,
+                second,
+                stats,
+                factors,
+                grad_student,
+                grad_teacher,
+                grad_temperature,
+                *numbers,
+                **options,
             )
 
 
@@ -641,5 +533,6 @@ def scale(tensor: Tensor, factor: Tensor) -> None:
     block = _block(width)
     blocks = triton.cdiv(width, block)
     with _device(tensor):
-        _scale_kernel[(rows * blocks,)](tensor, factor.contiguous(), stride, width, blocks,
-                                        BLOCK=block)
+        _scale_kernel[(rows * blocks,)](
+            tensor, factor.contiguous(), stride, width, blocks, BLOCK=block
+        )

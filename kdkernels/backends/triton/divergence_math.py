@@ -11,8 +11,8 @@ Where p = 0 or q = 0, d is infinite (0 where both are); every product with it is
 probability. Rows whose value is infinite are named by flags (`stopped_and_flowing`), so sums of
 such rows may hold anything.
 
-Triton has neither expm1 nor log1p that run everywhere, so their series stand here. Nothing relies on
-the order of a rounding that a fused multiply-add could change.
+Triton has neither expm1 nor log1p that run everywhere, so their series stand here. Nothing relies
+on a rounding that a fused multiply-add could change.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def kl_generator(p, difference, d):
 
 
 @triton.jit
-def linear_terms(p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
-                 H: tl.constexpr):
+def linear_terms(
+    p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr
+):
     """f forward KL + r reverse KL + x cross entropy + h entropy; F, R, X, H: which are there.
 
     Also the summands of S and T, without the q - p in them, which adds up to 0.
@@ -195,8 +196,11 @@ def mixture_terms(p, q, d, first, KIND: tl.constexpr, DETACH: tl.constexpr):
         student -= v * rq * slant
     teacher = tl.where(A > 0, A * zero_times(p, xp), 0.0) - w * rp * slant
     exists = tl.maximum(p, q) > 0
-    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
-            tl.where(exists, teacher, 0.0))
+    return (
+        tl.where(exists, value, 0.0),
+        tl.where(exists, student, 0.0),
+        tl.where(exists, teacher, 0.0),
+    )
 
 
 @triton.jit
@@ -232,8 +236,11 @@ def probability_terms(p, q, d, lp, lq, KIND: tl.constexpr):
         teacher = 2.0 * signed * tl.where(above, scaled, p)
     # p^2 / q may count where both underflow.
     exists = (tl.maximum(lp, lq) > UNDERFLOW) if KIND == CHI_SQUARED else base > 0
-    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
-            tl.where(exists, teacher, 0.0))
+    return (
+        tl.where(exists, value, 0.0),
+        tl.where(exists, student, 0.0),
+        tl.where(exists, teacher, 0.0),
+    )
 
 
 @triton.jit
@@ -283,16 +290,38 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
     value = tl.where(origin, 0.5 * d * d, value)
     student = tl.where(origin, -d, student)
     teacher = tl.where(origin, d, teacher)
-    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
-            tl.where(exists, teacher, 0.0))
+    return (
+        tl.where(exists, value, 0.0),
+        tl.where(exists, student, 0.0),
+        tl.where(exists, teacher, 0.0),
+    )
 
 
 @triton.jit
-def terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F: tl.constexpr, R: tl.constexpr,
-          X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr):
+def terms(
+    p,
+    q,
+    d,
+    lp,
+    lq,
+    f,
+    r,
+    x,
+    h,
+    other,
+    first,
+    second,
+    F: tl.constexpr,
+    R: tl.constexpr,
+    X: tl.constexpr,
+    H: tl.constexpr,
+    KIND: tl.constexpr,
+    DETACH: tl.constexpr,
+):
     """(value, student, teacher, summand of S, summand of T) of the linear group plus one kind."""
     value, student, teacher, centre_s, centre_t = linear_terms(
-        p, q, d, lp, lq, f, r, x, h, F, R, X, H)
+        p, q, d, lp, lq, f, r, x, h, F, R, X, H
+    )
     if KIND != NO_KIND:
         if KIND <= SKEW_REVERSE:
             v, s, t = mixture_terms(p, q, d, first, KIND, DETACH)
@@ -309,8 +338,9 @@ def terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F: tl.constexpr, R:
 
 
 @triton.jit
-def stopped_and_flowing(no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr,
-                        X: tl.constexpr, KIND: tl.constexpr):
+def stopped_and_flowing(
+    no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, KIND: tl.constexpr
+):
     """Rows whose value is infinite: (with gradient 0, with the gradient of their finite part).
 
     no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
