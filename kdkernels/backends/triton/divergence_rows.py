@@ -36,21 +36,29 @@ def row_number(pointer, number, row):
 
 
 @triton.jit
-def reference(top, k2):
-    """The logit that a row's exponentials are taken about, from its largest logit.
+def round_to(x, dtype: tl.constexpr):
+    """Round to nearest even; the interpreter truncates to bfloat16, so its bits are rounded."""
+    if IN_PYTHON and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
-    It is what comes back from the stored base-2 maximum, so that forward and backward agree; a
-    row of -inf has 0. Where the stored maximum overflows, the logit itself.
-    """
-    stored = top * k2
-    logit = tl.where(tl.abs(stored) < INFINITY, stored / k2, top)
-    return tl.where(top == -INFINITY, 0.0, logit)
+
+@triton.jit
+def reference(top):
+    """The logit that a row's exponentials are taken about: its largest, or 0 for a row of -inf."""
+    return tl.where(top == -INFINITY, 0.0, top)
 
 
 @triton.jit
 def reference_again(stored, k2, row_pointer, valid, BLOCK: tl.constexpr):
-    """reference in the backward; a maximum that overflowed is looked up in the logits."""
-    logit = stored / k2
+    """reference() in the backward, from the stored base-2 maximum.
+
+    Half logits come back exactly, float32 ones within an ulp; a maximum that overflowed is looked
+    up in the row.
+    """
+    logit = round_to(stored / k2, row_pointer.dtype.element_ty).to(tl.float32)
     if tl.abs(stored) == INFINITY:
         lanes = tl.arange(0, BLOCK)
         top = tl.full((BLOCK,), -INFINITY, tl.float32)
@@ -69,16 +77,6 @@ def rescale(started, before, after, k2):
 @triton.jit
 def load(row_pointer, columns, valid):
     return tl.load(row_pointer + columns, mask=columns < valid, other=-INFINITY).to(tl.float32)
-
-
-@triton.jit
-def round_to(x, dtype: tl.constexpr):
-    """Round to nearest even; the interpreter truncates to bfloat16, so its bits are rounded."""
-    if IN_PYTHON and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -109,8 +107,6 @@ def entry(z, a, r_s, r_t, inv_s, inv_t, log_s, log_t, gap, k_s, k_t, HAS_TEACHER
         d = (both - shift) * k_t + tl.where(k_t == k_s, 0.0, x * (k_t - k_s)) - gap
         # Differences of logits near the largest float overflow, those about the maxima do not.
         d = tl.where(tl.abs(both) + tl.abs(shift) < HUGE, d, lp - lq)
-        # Less than this is the rounding of the reference logits (rows of one column are equal).
-        d = tl.where(tl.abs(d) < 1e-10, 0.0, d)
         d = tl.where(dead_s, tl.where(dead_t, 0.0, INFINITY), tl.where(dead_t, -INFINITY, d))
     else:
         p, lp, d = q * 0.0, lq, q * 0.0
