@@ -1,12 +1,12 @@
 // Row kernels of the divergences, compiled once per CPU ISA.
 //
-//   statistics   one read of both rows: normalisers, one-pass KL; leaves 2^u, 2^v (forward KL and
-//                cross entropy) or u, v (every other kind) in an L2-sized scratch buffer
-//   transform    scratch -> q, s in place, with the sums D, S, T
-//   gradient     one pass over scratch, non-temporal stores into a fresh gradient
+//   statistics   one read of both rows: normalisers, one-pass KL
+//   terms        D, S and T of the kinds that need both normalisers first, from the logits
+//   gradient     from the logits again, or for forward KL and cross entropy from 2^u and 2^v, which
+//                the statistics leave in an L2-sized scratch buffer
 //
-// Rows that do not fit the scratch, teacher and temperature gradients, and the backward recompute p
-// and q from the logits block by block instead. A row's arithmetic depends on that row alone, so
+// The later passes find the row pair in the cache. Keeping more than the two exponentials of forward
+// KL does not pay: a cached copy beside the logits doubles what the cache must hold. A row's arithmetic depends on that row alone, so
 // neither the number of threads nor the neighbours change a bit.
 #include "common/parallel.h"
 #include "divergence/divergence_exact.h"
@@ -18,7 +18,7 @@ namespace KDK_ISA_NAMESPACE {
 namespace {
 
 constexpr double kExactBelow = 0.05;      // nats; one-pass values below are finished from the gap
-constexpr double kExactBelowScale = 0.02;  // the same for other kinds, relative to what cancels
+constexpr double kExactBelowError = 0.03;  // the same for other kinds, times sqrt(sum scale^2)
 constexpr double kLog2e = 1.4426950408889634074;
 
 template <class S>
@@ -80,7 +80,8 @@ struct Row {
     n.lse_t = static_cast<S>(lse_t);
     n.inverse_s = static_cast<S>(1 / sum_s);
     n.inverse_t = static_cast<S>(1 / sum_t);
-    n.gap = lse_t - lse_s;
+    n.exact_gap = lse_t - lse_s;
+    n.gap = static_cast<S>(n.exact_gap);
   }
 
   double exact() const {
@@ -116,20 +117,18 @@ RowTerms terms_from_logits(const Row<TS, TT>& r) {
   alignas(64) S x[kBlock], y[kBlock];
   const int64_t columns = r.z.columns > r.a.columns ? r.z.columns : r.a.columns;
   RowTerms total;
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+  // Backwards: the end of the row is what the statistics have left in the cache.
+  for (int64_t begin = (columns - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
     const int64_t n = padded<V>(columns - begin < kBlock ? columns - begin : kBlock);
     for (int64_t i = 0; i < n; i += V::kLanes) {
       store(x + i, scaled_logits<V>(r.z, begin + i));
       store(y + i, scaled_logits<V>(r.a, begin + i));
     }
-    const RowTerms block = run_form<Output::kNone, V>(r.form, r.group, x, y,
-                                                      static_cast<S*>(nullptr),
-                                                      static_cast<S*>(nullptr), n, r.n);
-    total.value += block.value;
-    total.scale += block.scale;
-    total.student += block.student;
-    total.teacher += block.teacher;
+    total += run_form<Output::kNone, V, S>(r.form, r.group, x, y, nullptr, nullptr, n, r.n);
   }
+  // The rounding of the gap is the same in every d.
+  const double bias = kLn2 * (double(r.n.gap) - r.n.exact_gap);
+  total.value += bias * (double(r.n.kind.forward_kl) - double(r.n.kind.reverse_kl));
   return total;
 }
 
@@ -204,7 +203,6 @@ void gradients_from_logits(const DivergenceRows& c, Row<TS, TT>& r,
 template <class TS, class TT>
 void forward_row(const DivergenceRows& c, int64_t index) {
   using S = compute_t<TS>;
-  using V = Lanes<TS>;
   Row<TS, TT> r(c, index);
   const double factor = c.factor[index];
   for (int i = 0; i < kStats; ++i) r.stats[i] = S(0);
@@ -219,18 +217,12 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   // The second buffer starts away from the first one's 4 KiB aliases.
   const int64_t offset = (columns + 1023) / 1024 * 1024 + 16 * 17;
   const size_t bytes = static_cast<size_t>(offset + columns + 16) * sizeof(S);
-  const bool fits = bytes <= kScratchLimit;
-  const bool scratch_gradient =
-      fits && r.grad_s != nullptr && r.grad_t == nullptr && r.grad_tau == nullptr;
-  S *x = nullptr, *y = nullptr;
-  if (fits && (scratch_gradient || !forward_only)) {
-    x = reinterpret_cast<S*>(scratch(bytes));
-    y = x + offset;
-  }
-  const RowSums<S> sums =
-      x == nullptr   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y)
-      : forward_only ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
-                     : row_statistics<Keep::kLogits>(&r.z, &r.a, x, y);
+  const bool keep = forward_only && bytes <= kScratchLimit && r.grad_s != nullptr &&
+                    r.grad_t == nullptr && r.grad_tau == nullptr;
+  S* const x = keep ? reinterpret_cast<S*>(scratch(bytes)) : nullptr;
+  S* const y = keep ? x + offset : nullptr;
+  const RowSums<S> sums = keep ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
+                               : row_statistics<Keep::kNothing>(&r.z, &r.a, x, y);
   if (sums.is_nan) {
     constexpr S kNan = static_cast<S>(__builtin_nan(""));
     for (int i = 0; i < kFactor; ++i) r.stats[i] = kNan;
@@ -249,25 +241,18 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   double total = 0, centre_s = 0, centre_t = 0;
   if (forward_only) {
     const double f = r.n.kind.forward_kl, e = r.n.kind.cross_entropy;
-    const double kl = kLn2 * (sums.gap / sum_t - r.n.gap);
+    const double kl = kLn2 * (sums.gap / sum_t - r.n.exact_gap);
     const double cross = -kLn2 * (sums.cross / sum_t - __builtin_log2(sum_s));
     total = f * kl + e * cross;
     centre_t = total;
     if (f != 0 && kl < kExactBelow && !flowing && !impossible) total = r.exact();
   } else {
-    const RowTerms terms =
-        x == nullptr ? terms_from_logits(r)
-        : scratch_gradient
-            ? run_form<Output::kStudent, V>(r.form, r.group, x, y, x, x, padded<V>(columns), r.n)
-            : run_form<Output::kNone, V>(r.form, r.group, x, y, x, x, padded<V>(columns), r.n);
+    const RowTerms terms = terms_from_logits(r);
     total = terms.value;
     centre_s = terms.student;
     centre_t = terms.teacher;
-    const double size = __builtin_fabs(double(r.n.kind.other)) +
-                        __builtin_fabs(double(r.n.kind.forward_kl)) +
-                        __builtin_fabs(double(r.n.kind.reverse_kl)) + terms.scale;
-    const bool small = !(total >= kExactBelowScale * size) || r.form == Form::kMath;
-    if (small && !flowing && !stopped && !impossible) total = r.exact();
+    const bool small = !(total >= kExactBelowError * __builtin_sqrt(terms.square));
+    if ((small || r.form == Form::kMath) && !flowing && !stopped && !impossible) total = r.exact();
   }
   if (flowing || stopped) total = __builtin_inf();
   if (flowing || stopped) centre_t = __builtin_inf();
@@ -319,25 +304,20 @@ void forward_row(const DivergenceRows& c, int64_t index) {
       flowing || slope == 0 ? S(0) : static_cast<S>(factor * slope / r.n.tau_t);
   scale.centre_s = static_cast<S>(centre_s);
   scale.centre_t = static_cast<S>(centre_t);
-  if (!scratch_gradient || by_student == 0) {
+  if (!keep || by_student == 0) {
     return gradients_from_logits(c, r, scale, label, factor, value.divergence);
   }
-  double cx, cy;
-  if (forward_only) {  // x = 2^u, y = 2^v
-    const double both = by_student * (r.n.kind.forward_kl + r.n.kind.cross_entropy);
-    cx = both / sum_s;
-    cy = -both / sum_t;
-  } else {  // x = q, y = s
-    cx = -by_student * centre_s;
-    cy = by_student;
-  }
+  // x = 2^u, y = 2^v.
+  const double both = by_student * (r.n.kind.forward_kl + r.n.kind.cross_entropy);
+  double cx = both / sum_s;
+  const double cy = -both / sum_t;
   if (label.active) {
     // The one-hot part goes into scratch, divided by what the pass over it multiplies with.
     if (label.index >= 0 && cy != 0) {
       y[label.index] -= static_cast<S>(double(label.coefficient) / cy);
     }
     if (r.n.tau_s == S(1)) {  // its softmax is q
-      cx += double(label.coefficient) * (forward_only ? 1 / sum_s : 1);
+      cx += double(label.coefficient) / sum_s;
       label.active = false;
     }
   }

@@ -16,7 +16,7 @@ double exact_value(const Side<TS>& z, const Side<TT>& a, const RowNumbers<S>& ro
   // In the logits' own units, which the rounded scale defines (not tau): then sum p = sum q = 1 and
   // d fit each other to second order, whatever constant was added to one row.
   const bool same_tau = z.scale == a.scale;
-  const double shift = (row.gap + (double(a.max) - double(z.max))) / double(z.scale);
+  const double shift = (row.exact_gap + (double(a.max) - double(z.max))) / double(z.scale);
   const V shift_high(static_cast<S>(shift));
   const V shift_low(static_cast<S>(shift - static_cast<double>(static_cast<S>(shift))));
   const V unit(static_cast<S>(double(z.scale) * kLn2));

@@ -1,8 +1,9 @@
 // Second pass: p, q and the terms of each entry, from base-2 log-probabilities, and their sums.
 //
 // The forms here are the fast ones: two exponentials, one logarithm or one division less than
-// divergence_math.h, at the price of cancellation between terms the size of p and q, or of `scale`
-// where that is larger. A row whose value is small against them is finished by exact_value(). S and T of either form follow the same conventions, and their
+// divergence_math.h, at the price of cancellation. Roundings are independent from entry to entry, so
+// the value's error is about 1e-7 sqrt(sum scale^2), where scale is the size of what cancels; a row
+// whose value is not well above that is finished by exact_value(). S and T of either form follow the same conventions, and their
 // error is 1e-7 of p + q, that of any gradient computed from rounded probabilities.
 #pragma once
 
@@ -19,7 +20,8 @@ struct RowNumbers {
   S max_s, max_t;      // references of the first pass
   S lse_s, lse_t;      // log2 of the sums; log2 q = u - lse_s
   S inverse_s, inverse_t;  // 1 / sum
-  double gap;              // lse_t - lse_s
+  S gap;                   // lse_t - lse_s, rounded from
+  double exact_gap;
   S tau_s, tau_t;
   RowKind<S> kind;
   bool has_linear;
@@ -28,21 +30,30 @@ struct RowNumbers {
 template <class V>
 struct Fast {
   V p, q;
-  V value, scale;       // summed to D; what cancels in it where that exceeds p + q
+  V value, scale;       // summed to D; the size of what cancels in it
   V student, teacher;   // s and t of divergence_math.h
 };
 
 struct RowTerms {
-  double value = 0, scale = 0, student = 0, teacher = 0;
+  double value = 0, student = 0, teacher = 0;
+  double square = 0;  // of scale
+
+  KD_LANES void operator+=(const RowTerms& other) {
+    value += other.value;
+    student += other.student;
+    teacher += other.teacher;
+    square += other.square;
+  }
 };
 
 template <class V, class S>
-KD_LANES void add_linear(V lp, V lq, const RowKind<S>& c, Fast<V>* f) {
+KD_LANES void add_linear(V lq, V gap, const RowKind<S>& c, Fast<V>* f) {
   const V ln2(kLn2);
-  const V d = (lp - lq) * ln2;
+  const V d = gap * ln2;
   const V pq = f->q - f->p;
   const V qd = f->q * d, pd = f->p * d;
   f->value += fma(V(c.forward_kl), pd, -V(c.reverse_kl) * qd);
+  f->scale += fma(V(c.forward_kl), f->p, V(c.reverse_kl) * f->q);
   f->student += V(c.forward_kl + c.cross_entropy) * pq - V(c.reverse_kl) * qd;
   f->teacher += V(c.forward_kl) * pd - V(c.reverse_kl) * pq;
   if (c.cross_entropy != S(0) || c.entropy != S(0)) {
@@ -55,7 +66,7 @@ KD_LANES void add_linear(V lp, V lq, const RowKind<S>& c, Fast<V>* f) {
 
 struct LinearForm {
   template <class V, class S>
-  static KD_LANES Fast<V> terms(V lp, V lq, const RowKind<S>&) {
+  static KD_LANES Fast<V> terms(V lp, V lq, V, const RowKind<S>&) {
     const V zero = V::zero();
     return {exp2(lp), exp2(lq), zero, zero, zero, zero};
   }
@@ -63,8 +74,7 @@ struct LinearForm {
 
 struct MixtureForm {
   template <class V, class S>
-  static KD_LANES Fast<V> terms(V lp, V lq, const RowKind<S>& c) {
-    const V d = lp - lq;
+  static KD_LANES Fast<V> terms(V lp, V lq, V d, const RowKind<S>& c) {
     const auto above = d >= V::zero();
     const V distance = abs(d);
     const V base = exp2(max(lp, lq)), ratio = exp2(-distance);
@@ -81,7 +91,7 @@ struct MixtureForm {
     f.teacher = A * f.p * select(above, log_base, log_other);
     f.student = B * f.q * select(above, log_other, log_base);
     f.value = f.teacher + f.student;
-    f.scale = V::zero();
+    f.scale = base + base;
     const S slant = c.to_teacher * (S(1) - c.mix) - c.to_student * c.mix;
     if (slant != S(0)) {
       const V inverse = V(1) / inside;  // base / M
@@ -97,22 +107,23 @@ struct MixtureForm {
 
 struct ProbabilityForm {
   template <class V, class S>
-  static KD_LANES Fast<V> terms(V lp, V lq, const RowKind<S>& c) {
+  static KD_LANES Fast<V> terms(V lp, V lq, V d, const RowKind<S>& c) {
     const V zero = V::zero();
     Fast<V> f;
-    f.scale = zero;
     if (c.squared_hellinger != S(0)) {
       const V half_p = exp2(V(S(0.5)) * lp), half_q = exp2(V(S(0.5)) * lq);
       const V half(S(0.5) * c.other), root = half_p - half_q;
       f.p = half_p * half_p;
       f.q = half_q * half_q;
       f.value = half * root * root;
+      f.scale = f.p + f.q;
       f.student = half * half_q * -root;
       f.teacher = half * half_p * root;
       return f;
     }
     f.p = exp2(lp);
     f.q = exp2(lq);
+    f.scale = f.p + f.q;
     const V pq = f.p - f.q;
     if (c.total_variation != S(0)) {
       const V half(S(0.5) * c.other);
@@ -127,7 +138,7 @@ struct ProbabilityForm {
       f.student = -other * f.q * r * (V(2) + r);
       f.teacher = other * f.p * r * (V(2) - r);
     } else {  // chi-squared; p^2 / q on its own, because p / q may overflow where it does not
-      const V square = exp2(lp + (lp - lq)), other(c.other);
+      const V square = exp2(lp + d), other(c.other);
       f.value = other * (square - f.p - pq);
       f.student = other * (f.q - square);
       f.teacher = V(2) * other * (square - f.p);
@@ -140,7 +151,7 @@ struct ProbabilityForm {
 // alpha, beta and alpha + beta are not 0: elsewhere the exact form serves.
 struct PowerForm {
   template <class V, class S>
-  static KD_LANES Fast<V> terms(V lp, V lq, const RowKind<S>& c) {
+  static KD_LANES Fast<V> terms(V lp, V lq, V, const RowKind<S>& c) {
     const S s = c.alpha + c.beta;
     Fast<V> f;
     f.p = exp2(lp);
@@ -172,9 +183,9 @@ struct PowerForm {
 template <DivergenceGroup G>
 struct MathForm {
   template <class V, class S>
-  static KD_LANES Fast<V> terms(V lp, V lq, const RowKind<S>& c) {
+  static KD_LANES Fast<V> terms(V lp, V lq, V d, const RowKind<S>& c) {
     const V ln2(kLn2);
-    const Entry<V> entry{exp2(lp), exp2(lq), (lp - lq) * ln2, lp * ln2, lq * ln2};
+    const Entry<V> entry{exp2(lp), exp2(lq), d * ln2, lp * ln2, lq * ln2};
     RowKind<S> alone = c;  // the linear group is added by the caller
     alone.forward_kl = alone.reverse_kl = alone.cross_entropy = alone.entropy = S(0);
     const Terms<V> t = kd::terms<G>(entry, alone);
@@ -184,38 +195,36 @@ struct MathForm {
 
 enum class Output { kNone, kStudent, kBoth };
 
-// x = u and y = v of n entries (whole vectors) become x = q and y = s; p and t likewise if wanted.
+// x = u and y = v of n <= kBlock entries (whole vectors) become x = q and y = s; p and t likewise if
+// wanted.
 template <class Form, Output Out, class V, class S>
-RowTerms transform(S* x, S* y, S* p, S* t, int64_t n, const RowNumbers<S>& row) {
-  const V lse_s(row.lse_s), lse_t(row.lse_t), dead(S(0.5) * S(kDead));
-  RowTerms total;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    V value = V::zero(), scale = value, student = value, teacher = value;
-    for (int64_t i = begin; i < end; i += V::kLanes) {
-      const V lq = V::load(x + i) - lse_s, lp = V::load(y + i) - lse_t;
-      Fast<V> f = Form::terms(lp, lq, row.kind);
-      if (row.has_linear) add_linear(lp, lq, row.kind, &f);
-      value += f.value;
-      scale += f.scale;
-      student += f.student;
-      teacher += f.teacher;
-      if constexpr (Out != Output::kNone) {
-        store(x + i, f.q);
-        // An impossible logit has no gradient, although its p counts in S.
-        store(y + i, select(lq <= dead, V::zero(), f.student));
-      }
-      if constexpr (Out == Output::kBoth) {
-        store(p + i, f.p);
-        store(t + i, f.teacher);
-      }
+RowTerms transform(S* x, S* y, S* p, S* t, int64_t n, const RowNumbers<S>& numbers) {
+  const RowNumbers<S> row = numbers;  // a copy that the stores below cannot alias
+  const V lse_s(row.lse_s), lse_t(row.lse_t), row_gap(row.gap), dead(S(0.5) * S(kDead));
+  V value = V::zero(), square = value, student = value, teacher = value;
+  for (int64_t i = 0; i < n; i += V::kLanes) {
+    const V u = V::load(x + i), v = V::load(y + i);
+    // v - u first: exact where the two are close.
+    const V d = (v - u) - row_gap;
+    const V lp = v - lse_t, lq = u - lse_s;
+    Fast<V> f = Form::terms(lp, lq, d, row.kind);
+    if (row.has_linear) add_linear(lq, d, row.kind, &f);
+    value += f.value;
+    square = fma(f.scale, f.scale, square);
+    student += f.student;
+    teacher += f.teacher;
+    if constexpr (Out != Output::kNone) {
+      store(x + i, f.q);
+      // An impossible logit has no gradient, although its p counts in S.
+      store(y + i, select(lq <= dead, V::zero(), f.student));
     }
-    total.value += reduce_add_double(value);
-    total.scale += reduce_add_double(scale);
-    total.student += reduce_add_double(student);
-    total.teacher += reduce_add_double(teacher);
+    if constexpr (Out == Output::kBoth) {
+      store(p + i, f.p);
+      store(t + i, f.teacher);
+    }
   }
-  return total;
+  return {reduce_add_double(value), reduce_add_double(student), reduce_add_double(teacher),
+          reduce_add_double(square)};
 }
 
 }  // namespace KDK_ISA_NAMESPACE

@@ -111,7 +111,7 @@ struct GradientScale {
   S centre_s = 0, centre_t = 0;
 };
 
-// Gradients of one row from the logits: any kind, either side, in place or not. Returns the sums of
+// Gradients of one row from the logits, forwards: any kind, either side, in place or not. Returns the sums of
 // the gradients times u and v, for the temperatures.
 template <class TS, class TT, class S>
 void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers<S>& row, Form form,

@@ -47,7 +47,7 @@ struct RowSums {
 };
 
 // What the pass leaves in the scratch buffers x and y.
-enum class Keep { kNothing, kExponentials, kLogits };
+enum class Keep { kNothing, kExponentials };
 
 // 2^x where x is at most a little above 0 in a healthy row; anything above the ceiling otherwise.
 template <class V>
@@ -120,9 +120,6 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
       if constexpr (K == Keep::kExponentials) {
         store(x + at, eu);
         store(y + at, ev);
-      } else if constexpr (K == Keep::kLogits) {
-        store(x + at, u);
-        store(y + at, v);
       }
     }
   }
@@ -163,9 +160,6 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
     if constexpr (K == Keep::kExponentials) {
       store(x + i, eu);
       store(y + i, select(impossible_q, zero, ev));  // the gradient of an impossible logit is 0
-    } else if constexpr (K == Keep::kLogits) {
-      store(x + i, u);
-      store(y + i, v);
     }
   }
   row->is_nan |= any(broken);
