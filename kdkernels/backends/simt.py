@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "gromov")
 _simt = extension("_simt")
 
 
@@ -17,4 +17,7 @@ if not isinstance(_simt, str):
     divergence_fwd = _simt.divergence_fwd
     divergence_bwd = _simt.divergence_bwd
     scale = _simt.scale
+    graph_nodes_fwd = _simt.graph_nodes_fwd
+    graph_nodes_bwd = _simt.graph_nodes_bwd
+    assignment = _simt.assignment
     set_order = _simt.set_order

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from . import spec as S
 from .spec import DivergenceSpec
+from .torch_gromov import assignment, graph_nodes_bwd, graph_nodes_fwd
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "gromov")
+__all__ = ["assignment", "graph_nodes_bwd", "graph_nodes_fwd"]
 
 # Stands in for log-probability -inf: exp(-2000) is 0 in float64, and 0 * -2000 is 0 where 0 * inf
 # would be NaN. Rows whose true value is infinite are named by `_infinite`.
