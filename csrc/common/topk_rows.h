@@ -25,6 +25,7 @@ class TopKBuffer {
 
   // Indices must ascend from call to call.
   void push(S value, int64_t index) {
+    if (k_ <= kSortedK) return insert(value, static_cast<int32_t>(index));
     values_[size_] = value;
     indices_[size_] = static_cast<int32_t>(index);
     if (++size_ == capacity_) cut();
@@ -34,8 +35,10 @@ class TopKBuffer {
   // others were there; those lie within the first 2 k entries then.
   template <class T>
   void finish(const T* row, int64_t n) {
-    if (size_ > k_) cut();
-    sort();
+    if (k_ > kSortedK) {
+      if (size_ > k_) cut();
+      sort();
+    }
     for (int64_t i = 0; size_ < k_ && i < n; ++i) {
       const S x = static_cast<S>(to_float(row[i]));
       if (x != S(-kInfinity)) continue;
@@ -45,6 +48,24 @@ class TopKBuffer {
   }
 
  private:
+  // Up to here a sorted list beats the buffer: its limit is never stale, and moving a few entries
+  // costs less than a quickselect.
+  static constexpr int64_t kSortedK = 64;
+
+  void insert(S value, int32_t index) {
+    const int64_t last = k_ - 1;
+    // Only a NaN behind k others comes here and is not taken.
+    if (size_ == k_ && !comes_before(value, index, values_[last], indices_[last])) return;
+    int64_t at = size_ < k_ ? size_++ : last;
+    for (; at > 0 && comes_before(value, index, values_[at - 1], indices_[at - 1]); --at) {
+      values_[at] = values_[at - 1];
+      indices_[at] = indices_[at - 1];
+    }
+    values_[at] = value;
+    indices_[at] = index;
+    if (size_ == k_) limit_ = limit_of(values_[last]);
+  }
+
   bool before(int64_t i, int64_t j) const {
     return comes_before(values_[i], indices_[i], values_[j], indices_[j]);
   }
@@ -113,8 +134,11 @@ namespace detail {
 
 // Entries of a block, so that its second look comes from the nearest cache.
 constexpr int64_t kScanBlock = 2048;
+// The hardware's prefetcher stops at each page; this far ahead a row streams as fast as memory does.
+constexpr size_t kScanAhead = 8192;
+constexpr size_t kCacheLine = 64;
 
-// The block's moments with -inf left out; NaN and +inf make them NaN. Two looks, any values.
+// A block's moments with -inf left out; NaN and +inf make them NaN. Two looks, any values.
 template <class T>
 Moments<double> careful_moments(const T* block, int64_t n) {
   using V = Lanes<T>;
@@ -128,44 +152,29 @@ Moments<double> careful_moments(const T* block, int64_t n) {
     count += reduce_add_double(select(alive, V(1), V::zero()));
   }
   if (count == 0) return {};
-  const double mean = sum / count;
+  const V centre(static_cast<typename V::Scalar>(sum / count));
+  double rest = 0;
   for (int64_t i = 0; i < n; i += kStep) {
     const V x = V::load_partial(block + i, n - i < kStep ? n - i : kStep, -kInfinity);
-    const V d = select(x != lowest, x - V(static_cast<typename V::Scalar>(mean)), V::zero());
+    const V d = select(x != lowest, x - centre, V::zero());
+    rest += reduce_add_double(d);
     squares += reduce_add_double(d * d);
   }
-  return {count, mean, squares};
+  // The centre is the mean up to a rounding; what it misses is `rest`.
+  const double mean = static_cast<double>(static_cast<typename V::Scalar>(sum / count));
+  return {count, mean + rest / count, squares - rest * rest / count};
 }
 
-// The same for a block whose sum is known and finite: no -inf in it.
-template <class T>
-KD_LANES Moments<double> plain_moments(const T* block, int64_t n, double sum) {
-  using V = Lanes<T>;
-  using S = typename V::Scalar;
-  constexpr int64_t kStep = V::kLanes;
-  const S centre = static_cast<S>(sum / static_cast<double>(n));
-  V first[2] = {V::zero(), V::zero()}, second[2] = {V::zero(), V::zero()};
-  int64_t i = 0;
-  for (; i + 2 * kStep <= n; i += 2 * kStep) {
-    // The memory system works on the next block meanwhile.
-    prefetch(block + n + i);
-    if (sizeof(T) > 2) prefetch(block + n + i + kStep);
-    for (int u = 0; u < 2; ++u) {
-      const V d = V::load(block + i + u * kStep) - V(centre);
-      first[u] += d;
-      second[u] = fma(d, d, second[u]);
-    }
-  }
-  double rest = reduce_add_double(first[0] + first[1]);
-  double squares = reduce_add_double(second[0] + second[1]);
-  for (; i < n; ++i) {
-    const double d = static_cast<double>(to_float(block[i])) - centre;
-    rest += d;
-    squares += d * d;
-  }
-  // `centre` is the mean up to a rounding; what it misses is `rest`.
-  const double count = static_cast<double>(n);
-  return {count, centre + rest / count, squares - rest * rest / count};
+// Moments of a block from sums of d = x - pivot; not `exact` where that would cancel.
+struct ShiftedMoments {
+  Moments<double> moments;
+  bool exact;
+};
+KD_LANES ShiftedMoments shifted_moments(double n, double pivot, double sum, double squares) {
+  const double lost = sum * sum / n;  // squares about the pivot that are not about the mean
+  // Sums of floats carry a relative error of about 1e-6; half of `squares` lost doubles it. An
+  // infinite or NaN sum fails the comparison.
+  return {{n, pivot + sum / n, squares - lost}, lost <= 0.5 * squares};
 }
 
 }  // namespace detail
@@ -178,14 +187,24 @@ void scan_row(const T* row, int64_t n, TopKBuffer<S>& top, Moments<double>& mome
   for (int64_t begin = 0; begin < n; begin += detail::kScanBlock) {
     const T* block = row + begin;
     const int64_t size = n - begin < detail::kScanBlock ? n - begin : detail::kScanBlock;
+    // Blocks of a row are alike: the mean so far is close to this block's, so one look is enough.
+    const S pivot = static_cast<S>(moments.mean);
     V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    V squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     V limit(top.limit());
     int64_t i = 0;
     for (; i + kStep <= size; i += kStep) {
       V x[4];
       for (int u = 0; u < 4; ++u) x[u] = V::load(block + i + u * V::kLanes);
+      for (size_t at = 0; at < kStep * sizeof(T); at += detail::kCacheLine) {
+        prefetch(reinterpret_cast<const char*>(block + i) + detail::kScanAhead + at);
+      }
       if constexpr (kMoments) {
-        for (int u = 0; u < 4; ++u) sums[u] += x[u];
+        for (int u = 0; u < 4; ++u) {
+          const V d = x[u] - V(pivot);
+          sums[u] += d;
+          squares[u] = fma(d, d, squares[u]);
+        }
       }
       const auto below = (x[0] <= limit) & (x[1] <= limit) & (x[2] <= limit) & (x[3] <= limit);
       if (__builtin_expect(all(below), 1)) continue;
@@ -198,17 +217,20 @@ void scan_row(const T* row, int64_t n, TopKBuffer<S>& top, Moments<double>& mome
       }
       limit = V(top.limit());
     }
-    double sum = 0;
+    double sum = 0, square = 0;
     for (; i < size; ++i) {
       const S value = static_cast<S>(to_float(block[i]));
       if (!(value <= top.limit())) top.push(value, begin + i);
-      sum += value;
+      const double d = static_cast<double>(value) - static_cast<double>(pivot);
+      sum += d;
+      square += d * d;
     }
     if constexpr (kMoments) {
       sum += reduce_add_double((sums[0] + sums[1]) + (sums[2] + sums[3]));
-      // An infinite or NaN sum minus itself is NaN.
-      moments.merge(sum - sum == 0 ? detail::plain_moments(block, size, sum)
-                                   : detail::careful_moments(block, size));
+      square += reduce_add_double((squares[0] + squares[1]) + (squares[2] + squares[3]));
+      const detail::ShiftedMoments shifted =
+          detail::shifted_moments(static_cast<double>(size), pivot, sum, square);
+      moments.merge(shifted.exact ? shifted.moments : detail::careful_moments(block, size));
     }
   }
   top.finish(row, n);

@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kThreads) nodes_bwd_row_kernel(NodeRowsDevice<
   const int32_t* indices = rows.indices + r * k;
   if (selected) {
     const F* stats = rows.stats + r * kNodeStats;
-    const int64_t graph = r / rows.rows_per_graph;
+    // 32 bits (check_grid): a 64-bit division is a function call with spills around it.
+    const int64_t graph = blockIdx.x / static_cast<unsigned>(rows.rows_per_graph);
     h = rows.upstream + graph * k;
     double dot = 0, h_sum = 0, kept = 0;
     for (int j = thread; j < k; j += kThreads) {
@@ -161,12 +162,19 @@ __global__ void __launch_bounds__(kThreads) nodes_bwd_row_kernel(NodeRowsDevice<
   const bool dense = selected && rows.spec.standardize;
   const F mean = static_cast<F>(scale.mean), slope = static_cast<F>(gradient.slope);
   const F constant = static_cast<F>(gradient.constant);
-  for (int64_t c = thread; c < chunks.count(); c += kThreads) {
-    F u[W], g[W];
-    if (dense) chunks.template load<Access::kStreaming>(row, c, F(0), u);
-    KD_UNROLL
-    for (int i = 0; i < W; ++i) g[i] = dense ? entry_gradient(u[i], mean, slope, constant) : F(0);
-    chunks.template store<true>(out, c, g);
+  if (dense) {
+    for (int64_t c = thread; c < chunks.count(); c += kThreads) {
+      F u[W];
+      chunks.template load<Access::kStreaming>(row, c, F(0), u);
+      KD_UNROLL
+      for (int i = 0; i < W; ++i) u[i] = entry_gradient(u[i], mean, slope, constant);
+      chunks.template store<true>(out, c, u);
+    }
+  } else {
+    const F zeros[W] = {};
+    for (int64_t c = thread; c < chunks.count(); c += kThreads) {
+      chunks.template store<true>(out, c, zeros);
+    }
   }
   if (!selected) return;
   __syncthreads();  // the kept entries are written twice, in this order
