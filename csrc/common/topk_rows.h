@@ -172,9 +172,9 @@ struct ShiftedMoments {
 };
 KD_LANES ShiftedMoments shifted_moments(double n, double pivot, double sum, double squares) {
   const double lost = sum * sum / n;  // squares about the pivot that are not about the mean
-  // Sums of floats carry a relative error of about 1e-6; half of `squares` lost doubles it. An
-  // infinite or NaN sum fails the comparison.
-  return {{n, pivot + sum / n, squares - lost}, lost <= 0.5 * squares};
+  // Sums of floats carry a relative error of about 1e-6; half of `squares` lost doubles it.
+  const bool finite = squares - squares == 0;
+  return {{n, pivot + sum / n, squares - lost}, finite && lost <= 0.5 * squares};
 }
 
 }  // namespace detail

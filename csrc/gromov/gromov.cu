@@ -131,7 +131,6 @@ __global__ void __launch_bounds__(kThreads) nodes_bwd_row_kernel(NodeRowsDevice<
   const T* row = rows.logits + r * rows.row_stride;
   T* out = rows.grad + r * n;
   const bool selected = rows.selected(r);
-  const RowChunks<W> chunks(n, selected && rows.spec.standardize ? row : nullptr, out);
 
   RowScale scale = {};
   RowGradient gradient = {};
@@ -160,6 +159,7 @@ __global__ void __launch_bounds__(kThreads) nodes_bwd_row_kernel(NodeRowsDevice<
                             rows.spec.standardize, rows.spec.temperature);
   }
   const bool dense = selected && rows.spec.standardize;
+  const RowChunks<W> chunks(n, dense ? row : nullptr, out);
   const F mean = static_cast<F>(scale.mean), slope = static_cast<F>(gradient.slope);
   const F constant = static_cast<F>(gradient.constant);
   if (dense) {

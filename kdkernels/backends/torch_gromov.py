@@ -38,9 +38,9 @@ def _features(
     z: Tensor, chosen: Tensor, graphs: int, average: bool
 ) -> tuple[Tensor, Tensor]:
     """f (G, k) from the explicit graphs C (G, k, k), and the selected positions (G,)."""
-    k = z.shape[-1]
-    z = torch.where(chosen[:, None], z, 0.0).view(graphs, -1, k)
-    count = chosen.view(graphs, -1).sum(-1).double()
+    k, rows = z.shape[-1], z.shape[0] // max(graphs, 1)
+    z = torch.where(chosen[:, None], z, 0.0).view(graphs, rows, k)
+    count = chosen.view(graphs, rows).sum(-1).double()
     c = z.mT @ z / count.clamp(min=1.0)[:, None, None]
     return c.sum(-1) / (k if average else 1), count
 

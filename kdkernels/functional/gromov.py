@@ -166,12 +166,12 @@ def _features(
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
-    if settings().debug and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and settings().debug:
         _debug(rows, mask)
     flat = None if mask is None else mask.reshape(-1)
     k, standardize, average = options
     f = ops.graph_nodes(rows, flat, ops.NodeOptions(k, graphs, standardize, average, tau))
-    return f, None if flat is None else flat.view(graphs, -1).any(-1)
+    return f, None if flat is None else flat.view(graphs, rows.shape[0] // max(graphs, 1)).any(-1)
 
 
 def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
