@@ -7,8 +7,10 @@ from .functional import (
     divergence,
     forward_kl,
     graph_on_logits,
+    gromov_wasserstein,
     jensen_shannon,
     reverse_kl,
+    sliced_gromov_wasserstein,
     total_variation,
 )
 
@@ -23,8 +25,10 @@ __all__ = [
     "divergence",
     "forward_kl",
     "graph_on_logits",
+    "gromov_wasserstein",
     "jensen_shannon",
     "reverse_kl",
+    "sliced_gromov_wasserstein",
     "total_variation",
     "use_backend",
 ]

@@ -2,12 +2,15 @@
 
 from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
 from .gromov import graph_on_logits
+from .gromov_wasserstein import gromov_wasserstein, sliced_gromov_wasserstein
 
 __all__ = [
     "divergence",
     "forward_kl",
     "graph_on_logits",
+    "gromov_wasserstein",
     "jensen_shannon",
     "reverse_kl",
+    "sliced_gromov_wasserstein",
     "total_variation",
 ]
