@@ -3,7 +3,18 @@
 from importlib import metadata as _metadata
 
 from .backends import backends, debug, use_backend
-from .functional import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
+from .functional import (
+    divergence,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    sinkhorn,
+    sinkhorn_assign,
+    sinkhorn_divergence,
+    sorted_transport,
+    total_variation,
+    transport,
+)
 
 try:
     __version__ = _metadata.version("kdkernels")
@@ -17,6 +28,11 @@ __all__ = [
     "forward_kl",
     "jensen_shannon",
     "reverse_kl",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_divergence",
+    "sorted_transport",
     "total_variation",
+    "transport",
     "use_backend",
 ]

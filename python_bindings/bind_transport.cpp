@@ -31,8 +31,13 @@ constexpr bool kSimulated = false;
 #endif
 
 template <class Args>
-void run(const Args& args, Device device, void (*on_cpu)(const Args&),
-         void (*on_cuda)(const Args&)) {
+struct Entry {
+  using type = void (*)(const Args&);
+};
+
+template <class Args>
+void run(const Args& args, Device device, typename Entry<Args>::type on_cpu,
+         typename Entry<Args>::type on_cuda) {
   py::gil_scoped_release release;
   const auto kernel = kSimulated || device == Device::kCuda ? on_cuda : on_cpu;
   KD_CHECK(kernel != nullptr, "cost: this build has no kernels for ", name(device), " tensors");

@@ -19,7 +19,8 @@ KD_LANES F quiet_nan() {
 template <class T, class F>
 void fill_row(void* row, int64_t n, F value) {
   T* out = static_cast<T*>(row);
-  for (int64_t k = 0; k < n; ++k) out[k] = cast<T>(value);
+  const T one = cast<T>(static_cast<std::conditional_t<sizeof(T) == 8, double, float>>(value));
+  for (int64_t k = 0; k < n; ++k) out[k] = one;
 }
 
 template <class F>

@@ -4,7 +4,7 @@ import torch
 
 from .native import extension
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "transport")
 _C = extension("_C")
 
 
@@ -29,3 +29,8 @@ if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     divergence_fwd = _C.divergence_fwd
     divergence_bwd = _C.divergence_bwd
     scale = _C.scale
+    sinkhorn_workspace = _C.sinkhorn_workspace
+    sinkhorn_fwd = _C.sinkhorn_fwd
+    sinkhorn_bwd = _C.sinkhorn_bwd
+    sorted_workspace = _C.sorted_workspace
+    sorted_transport = _C.sorted_transport

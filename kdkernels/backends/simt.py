@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "transport")
 _simt = extension("_simt")
 
 
@@ -18,3 +18,8 @@ if not isinstance(_simt, str):
     divergence_bwd = _simt.divergence_bwd
     scale = _simt.scale
     set_order = _simt.set_order
+    sinkhorn_workspace = _simt.sinkhorn_workspace
+    sinkhorn_fwd = _simt.sinkhorn_fwd
+    sinkhorn_bwd = _simt.sinkhorn_bwd
+    sorted_workspace = _simt.sorted_workspace
+    sorted_transport = _simt.sorted_transport

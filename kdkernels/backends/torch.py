@@ -13,8 +13,15 @@ from torch import Tensor
 
 from . import spec as S
 from .spec import DivergenceSpec
+from .torch_transport import (  # noqa: F401
+    sinkhorn_bwd,
+    sinkhorn_fwd,
+    sinkhorn_workspace,
+    sorted_transport,
+    sorted_workspace,
+)
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "transport")
 
 # Stands in for log-probability -inf: exp(-2000) is 0 in float64, and 0 * -2000 is 0 where 0 * inf
 # would be NaN. Rows whose true value is infinite are named by `_infinite`.

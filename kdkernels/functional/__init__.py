@@ -1,5 +1,18 @@
 """Public functions: validate, flatten, choose the reduction."""
 
 from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
+from .sinkhorn import sinkhorn, sinkhorn_assign, transport
+from .transport import sinkhorn_divergence, sorted_transport
 
-__all__ = ["divergence", "forward_kl", "jensen_shannon", "reverse_kl", "total_variation"]
+__all__ = [
+    "divergence",
+    "forward_kl",
+    "jensen_shannon",
+    "reverse_kl",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_divergence",
+    "sorted_transport",
+    "total_variation",
+    "transport",
+]
