@@ -297,7 +297,9 @@ void start_row(const BackwardSweep<T>& s, int64_t i, const T* e, RowShare<T> sha
           if (plan_bar != nullptr) bar += at.load(plan_bar, T(0));
           const V t = select(value == V::zero(), V::zero(), bar) * value;
           at.save(partial, at.load(partial, T(0)) + t * V(share.scale) - value * V(share.z));
-          out += (value * V(share.z) - t * V(share.scale)) * b * per_epsilon;
+          // The implicit mode applies all z together, in kApply.
+      const V z = s.z_sum != nullptr ? V::zero() : V(share.z);
+      out += (value * z - t * V(share.scale)) * b * per_epsilon;
         }
         if (grad != nullptr) at.save(grad, out);
       });

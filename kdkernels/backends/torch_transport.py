@@ -37,18 +37,14 @@ def _marginal(given: Tensor | None, valid: Tensor) -> Tensor:
     return torch.where(valid, given.double(), 0.0)
 
 
-def _log(x: Tensor) -> Tensor:
-    """log x with -inf at zero and a zero gradient there."""
-    return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -torch.inf)
-
-
-def _lse(x: Tensor, dim: int, denominator: float) -> Tensor:
-    """log(sum exp x + denominator); a zero gradient where nothing is there."""
-    top = x.detach().amax(dim, keepdim=True)
+def _log_sum(x: Tensor, weight: Tensor, dim: int, denominator: float) -> Tensor:
+    """log(sum weight exp x + denominator). The weight stays a factor, so that its derivative is
+    there also where it is zero."""
+    top = torch.where(weight > 0, x, -torch.inf).detach().amax(dim, keepdim=True)
     if denominator:
         top = top.clamp(min=math.log(denominator))
     top = torch.where(top.isfinite(), top, 0.0)
-    total = (x - top).exp().sum(dim, keepdim=True)
+    total = (weight * (x - top).exp()).sum(dim, keepdim=True)
     if denominator:
         total = total + (math.log(denominator) - top).exp()
     positive = total > 0
@@ -73,17 +69,17 @@ class _Problem:
         empty = ~(self.valid_rows.any(-1) & self.valid_columns.any(-1))
         self.empty = empty[:, None]
 
-    def rows(self, log_v: Tensor) -> Tensor:
-        """log of u / a: one half-iteration."""
+    def rows(self, g: Tensor, v: Tensor) -> Tensor:
+        """log of u / a: one half-iteration, with scalings v exp(g)."""
         s = self.spec
-        total = _lse(self.log_kernel + log_v[:, None, :], 2, s.denominator)
+        total = _log_sum(self.log_kernel + g[:, None, :], v[:, None, :], 2, s.denominator)
         f = -s.damping_a * total
         keep = self.valid_rows & ~(torch.isinf(f) & (self.a == 0)) & ~self.empty
         return torch.where(keep, f, 0.0)
 
-    def columns(self, log_u: Tensor) -> Tensor:
+    def columns(self, f: Tensor, u: Tensor) -> Tensor:
         s = self.spec
-        total = _lse(self.log_kernel + log_u[:, :, None], 1, s.denominator)
+        total = _log_sum(self.log_kernel + f[:, :, None], u[:, :, None], 1, s.denominator)
         g = -s.damping_b * total
         keep = self.valid_columns & ~(torch.isinf(g) & (self.b == 0)) & ~self.empty
         return torch.where(keep, g, 0.0)
@@ -93,43 +89,32 @@ class _Problem:
         return self.a[:, :, None] * density * self.b[:, None, :]
 
 
-def _scaled(log_ratio: Tensor, marginal: Tensor) -> Tensor:
-    """log of the scaling, -inf where the marginal is zero."""
-    return log_ratio + _log(marginal)
-
-
-def _start(marginal: Tensor) -> Tensor:
-    """log of the start: one, zero where the marginal is zero."""
-    return torch.where(marginal > 0, 0.0, -torch.inf)
-
-
 def _iterate(p: _Problem, iterations: int):
     """Yields (f, g, change of the columns' sums) after each iteration, as natural logarithms."""
-    first = _start(p.a if p.spec.columns_first else p.b)
-    other = None
+    start = (p.a if p.spec.columns_first else p.b) > 0
+    f, g = torch.zeros_like(p.a), torch.zeros_like(p.b)
+    u, v = (start.double(), None) if p.spec.columns_first else (None, start.double())
     for _ in range(iterations):
         if p.spec.columns_first:
-            g = p.columns(first)
-            f = p.rows(_scaled(g, p.b))
-            moved = (first if other is None else first, other, g)
-            error = _change(p, *moved)
-            first, other = _scaled(f, p.a), _scaled(g, p.b)
+            before, g = (g, v), p.columns(f, u)
+            error = _change(p, f, u, *before, g)
+            f = p.rows(g, p.b)
         else:
-            f = p.rows(first)
-            g = p.columns(_scaled(f, p.a))
-            error = _change(p, _scaled(f, p.a), first, g)
-            first = _scaled(g, p.b)
+            f = p.rows(g, v)
+            before, g = (g, v), p.columns(f, p.a)
+            error = _change(p, f, p.a, *before, g)
+        u, v = p.a, p.b
         yield f, g, error
 
 
-def _change(p: _Problem, log_u: Tensor, log_v: Tensor | None, g: Tensor) -> Tensor:
+def _change(p: _Problem, f, u, g_before, v_before, g) -> Tensor:
     """(B,) L1 change of the column sums when v is replaced; inf where there was no v yet."""
-    if log_v is None:
+    if v_before is None:
         return torch.full((p.a.shape[0],), torch.inf, device=p.a.device, dtype=torch.float64)
     with torch.no_grad():
-        total = _lse(p.log_kernel + log_u[:, :, None], 1, 0.0)
-        change = ((_scaled(g, p.b) + total).exp() - (log_v + total).exp()).abs()
-        return torch.where(p.b > 0, change, 0.0).sum(-1)
+        total = _log_sum(p.log_kernel + f[:, :, None], u[:, :, None], 1, 0.0)
+        change = p.b * (g + total).exp() - v_before * (g_before + total).exp()
+        return torch.where(p.b > 0, change.abs(), 0.0).sum(-1)
 
 
 def _numbers(spec) -> SinkhornSpec:
@@ -268,7 +253,7 @@ def _fixed_point(p: _Problem, f: Tensor, g: Tensor):
     def step(x: Tensor) -> Tensor:
         rows = f0.shape[1]
         return torch.cat(
-            [p.rows(_scaled(x[:, rows:], p.b)), p.columns(_scaled(x[:, :rows], p.a))], dim=1
+            [p.rows(x[:, rows:], p.b), p.columns(x[:, :rows], p.a)], dim=1
         )
 
     x = torch.cat([f0, g0], dim=1).requires_grad_()
