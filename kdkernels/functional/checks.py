@@ -13,13 +13,15 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def check_floats(tensor: Tensor, argument: str) -> None:
     """A plain tensor of one of the four dtypes, on a device that a kernel can read."""
+    if type(tensor) is Tensor and tensor.dtype in LOGIT_DTYPES and tensor.layout is torch.strided:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{argument}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}"
         )
-    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor):
         raise TypeError(
             f"{argument}: {type(tensor).__name__} is a wrapper that no kernel can read; "
             "pass its local or full tensor"

@@ -44,22 +44,23 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _forward(student, teacher, weight, tau_s, tau_t, rest, need_student, need_teacher, need_tau):
     """Run the backend once: (value, stats, gradients for upstream 1 or None)."""
-    backend = pick("divergence", student.device.type)
-    z = _rows(student)
-    a = None if teacher is None else _rows(teacher)
+    device = student.device
+    z = student if student.dim() == 2 and student.is_contiguous() else _rows(student)
+    a = teacher
+    if a is not None and not (a.dim() == 2 and a.is_contiguous()):
+        a = _rows(a)
     dtype = compute_dtype(student)
     rows = z.shape[0]
-    shape = (rows,) if rest.spec.reduction == S.NONE else ()
-    value = empty(shape, dtype, z.device)
-    stats = empty((rows, S.STATS), dtype, z.device)
+    value = empty((rows,) if rest.spec.reduction == S.NONE else (), dtype, device)
+    stats = empty((rows, S.STATS), dtype, device)
     grad_student = grad_teacher = grad_tau = None
     if need_student:
         grad_student = z if rest.inplace else empty_like(z)
     if need_teacher:
         grad_teacher = empty_like(a)
     if need_tau:
-        grad_tau = empty((rows, 2), dtype, z.device)
-    backend.divergence_fwd(
+        grad_tau = empty((rows, 2), dtype, device)
+    pick("divergence", device.type).divergence_fwd(
         z,
         a,
         rest.labels,
@@ -160,7 +161,8 @@ class _Divergence(torch.autograd.Function):
             need_teacher and ahead,
             (need_s or need_t) and ahead,
         )
-        ctx.rest, ctx.shapes = rest, (student.shape, None if teacher is None else teacher.shape)
+        ctx.rest = rest
+        ctx.shape_s, ctx.shape_t = student.shape, None if teacher is None else teacher.shape
         ctx.prepared = gradients if ahead else None
         ctx.overwritten = False
         ctx.value = value.detach() if need_weight else None
@@ -170,13 +172,26 @@ class _Divergence(torch.autograd.Function):
             ctx.save_for_backward(None, None, tau_s, tau_t, stats if need_weight else None)
         else:
             ctx.save_for_backward(student, teacher, tau_s, tau_t, stats)
+        if not rest.return_stats:
+            return value
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        return (value, stats) if rest.return_stats else value
+        return value, stats
+
+    @staticmethod
+    def backward(ctx, upstream, _=None):
+        # `once_differentiable` costs 5 us a call; only create_graph=True (grad mode on) needs it.
+        if torch.is_grad_enabled():
+            return _Divergence._refusing_backward(ctx, upstream)
+        return _Divergence._gradients(ctx, upstream)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _=None):
+    def _refusing_backward(ctx, upstream):
+        return _Divergence._gradients(ctx, upstream)
+
+    @staticmethod
+    def _gradients(ctx, upstream):
         if upstream is None:
             return None, None, None, None, None, None
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
@@ -217,15 +232,11 @@ class _Divergence(torch.autograd.Function):
         if need_weight:
             grad_weight = _weight_gradient(stats, ctx.value, upstream, rest.spec)
         grad_s, grad_t = _tau_gradients(grad_tau, need_s, need_t)
-        shape_s, shape_t = ctx.shapes
-        return (
-            None if grad_student is None else grad_student.view(shape_s),
-            None if grad_teacher is None else grad_teacher.view(shape_t),
-            grad_weight,
-            grad_s,
-            grad_t,
-            None,
-        )
+        if grad_student is not None and grad_student.shape != ctx.shape_s:
+            grad_student = grad_student.view(ctx.shape_s)
+        if grad_teacher is not None and grad_teacher.shape != ctx.shape_t:
+            grad_teacher = grad_teacher.view(ctx.shape_t)
+        return grad_student, grad_teacher, grad_weight, grad_s, grad_t, None
 
 
 class _FunctorchDivergence(torch.autograd.Function):
