@@ -298,8 +298,8 @@ void start_row(const BackwardSweep<T>& s, int64_t i, const T* e, RowShare<T> sha
           const V t = select(value == V::zero(), V::zero(), bar) * value;
           at.save(partial, at.load(partial, T(0)) + t * V(share.scale) - value * V(share.z));
           // The implicit mode applies all z together, in kApply.
-      const V z = s.z_sum != nullptr ? V::zero() : V(share.z);
-      out += (value * z - t * V(share.scale)) * b * per_epsilon;
+          const V z = s.z_sum != nullptr ? V::zero() : V(share.z);
+          out += (value * z - t * V(share.scale)) * b * per_epsilon;
         }
         if (grad != nullptr) at.save(grad, out);
       });
