@@ -15,6 +15,7 @@ from .functional import (
     total_variation,
     transport,
 )
+from .losses.registry import catalogue, loss
 
 try:
     __version__ = _metadata.version("kdkernels")
@@ -23,10 +24,12 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
 
 __all__ = [
     "backends",
+    "catalogue",
     "debug",
     "divergence",
     "forward_kl",
     "jensen_shannon",
+    "loss",
     "reverse_kl",
     "sinkhorn",
     "sinkhorn_assign",

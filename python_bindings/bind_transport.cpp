@@ -69,10 +69,10 @@ void bind_transport(py::module_& m) {
         kSimulated || on_cuda ? KD_ON_CUDA(sinkhorn_workspace) : KD_ON_CPU(sinkhorn_workspace);
     return size(rows, columns);
   });
-  m.def("sorted_workspace", [](int64_t student, int64_t teacher, bool on_cuda) {
+  m.def("sorted_workspace", [](int64_t student, int64_t teacher, bool wide, bool on_cuda) {
     const auto size =
         kSimulated || on_cuda ? KD_ON_CUDA(sorted_workspace) : KD_ON_CPU(sorted_workspace);
-    return size(student, teacher);
+    return size(student, teacher, wide);
   });
 
   m.def(

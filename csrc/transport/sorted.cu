@@ -402,13 +402,14 @@ constexpr bool kIsHalf = sizeof(T) == 2;
 
 // ---- entry points -------------------------------------------------------------------------------
 
-int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns) {
+int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns, bool wide) {
   const int64_t longer = std::max(student_columns, teacher_columns);
-  return 4 * std::max<int64_t>(2 * longer, kBins) + longer;
+  return 4 * std::max<int64_t>(wide ? 2 * longer : longer, kBins) + longer;
 }
 
 void sorted_transport(const SortedArgs& args) {
-  check_sorted(args, sorted_workspace(args.student.shape[1], args.teacher.shape[1]));
+  check_sorted(args, sorted_workspace(args.student.shape[1], args.teacher.shape[1],
+                                      args.student.dtype == DType::kFloat64));
   if (args.student.dtype == DType::kFloat64) return launch_sorted<double, double, false>(args);
   dispatch_half_float(args.student.dtype, "student", [&](auto student) {
     dispatch_half_float(args.teacher.dtype, "teacher", [&](auto teacher) {

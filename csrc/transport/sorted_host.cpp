@@ -46,12 +46,12 @@ SortedSide side_of(const View& logits, const View& excluded, const View& scale, 
 
 }  // namespace
 
-int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns) {
+int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns, bool) {
   return sorted_scratch(student_columns, teacher_columns);
 }
 
 void sorted_transport(const SortedArgs& args) {
-  check_sorted(args, sorted_workspace(args.student.shape[1], args.teacher.shape[1]));
+  check_sorted(args, sorted_scratch(args.student.shape[1], args.teacher.shape[1]));
   const int64_t rows = args.student.shape[0], slots = args.workspace.shape[0];
   const SortedTable* table = KD_PICK_ISA(sorted_table)();
   const auto kernel = args.student.dtype == DType::kFloat64                        ? table->dbl

@@ -117,14 +117,15 @@ struct SortedArgs {
   void* stream = nullptr;
 };
 
-// `slots` rows are worked on at a time, each in its own int32 scratch of this many elements.
+// `slots` rows are worked on at a time, each in its own int32 scratch of this many elements. wide:
+// float64.
 namespace cpu {
-int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns);
+int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns, bool wide);
 void sorted_transport(const SortedArgs& args);
 }  // namespace cpu
 
 namespace cuda {
-int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns);
+int64_t sorted_workspace(int64_t student_columns, int64_t teacher_columns, bool wide);
 void sorted_transport(const SortedArgs& args);
 }  // namespace cuda
 

@@ -18,7 +18,9 @@ def sinkhorn_workspace(rows: int, columns: int, on_cuda: bool = False) -> int:
     return 0
 
 
-def sorted_workspace(student_columns: int, teacher_columns: int, on_cuda: bool = False) -> int:
+def sorted_workspace(
+    student_columns: int, teacher_columns: int, wide: bool, on_cuda: bool = False
+) -> int:
     """Scratch elements of a row: none."""
     return 0
 

@@ -243,8 +243,10 @@ def _run_sorted(
     dtype, device = compute_dtype(z), z.device
     rows = z.shape[0]
     on_cuda = device.type == "cuda"
-    size = backend.sorted_workspace(z.shape[1], a.shape[1], on_cuda)
-    slots = max(1, min(rows, 264 if on_cuda else torch.get_num_threads()))
+    size = backend.sorted_workspace(z.shape[1], a.shape[1], dtype == torch.float64, on_cuda)
+    # Rows in work at a time: two blocks a multiprocessor in at most 512 MiB, or the threads.
+    most = min(264, max(32, (1 << 27) // max(size, 1))) if on_cuda else torch.get_num_threads()
+    slots = max(1, min(rows, most))
     workspace = torch.empty((slots, size), dtype=torch.int32, device=device)
     value = empty((rows,), dtype, device)
     slopes = empty((rows, 2), dtype, device)
