@@ -10,9 +10,15 @@ from .functional import (
     gromov_wasserstein,
     jensen_shannon,
     reverse_kl,
+    sinkhorn,
+    sinkhorn_assign,
+    sinkhorn_divergence,
     sliced_gromov_wasserstein,
+    sorted_transport,
     total_variation,
+    transport,
 )
+from .losses.registry import catalogue, loss
 
 try:
     __version__ = _metadata.version("kdkernels")
@@ -21,14 +27,21 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
 
 __all__ = [
     "backends",
+    "catalogue",
     "debug",
     "divergence",
     "forward_kl",
     "graph_on_logits",
     "gromov_wasserstein",
     "jensen_shannon",
+    "loss",
     "reverse_kl",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_divergence",
     "sliced_gromov_wasserstein",
+    "sorted_transport",
     "total_variation",
+    "transport",
     "use_backend",
 ]

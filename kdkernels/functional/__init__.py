@@ -3,6 +3,8 @@
 from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
 from .gromov import graph_on_logits
 from .gromov_wasserstein import gromov_wasserstein, sliced_gromov_wasserstein
+from .sinkhorn import sinkhorn, sinkhorn_assign, transport
+from .transport import sinkhorn_divergence, sorted_transport
 
 __all__ = [
     "divergence",
@@ -11,6 +13,11 @@ __all__ = [
     "gromov_wasserstein",
     "jensen_shannon",
     "reverse_kl",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_divergence",
     "sliced_gromov_wasserstein",
+    "sorted_transport",
     "total_variation",
+    "transport",
 ]
