@@ -96,6 +96,45 @@ def test_against_pot():
             assert lower <= upper
 
 
+def test_entropic_is_that_of_pot():
+    ot = pytest.importorskip("ot")
+    for n, m, epsilon in ((6, 6, 2.0), (5, 8, 5.0)):
+        c, d = semidefinite(n), semidefinite(m)
+        a, b = torch.rand(n).double() + 0.5, torch.rand(m).double() + 0.5
+        a, b = a / a.sum(), b / b.sum()
+        found = ot.gromov.entropic_gromov_wasserstein2(
+            c.numpy(), d.numpy(), a.numpy(), b.numpy(), epsilon=epsilon, max_iter=1000, tol=1e-9
+        )
+        value, lower, _ = kd.gromov_wasserstein(
+            c, d, a, b, method="entropic", epsilon=epsilon, return_bounds=True
+        )
+        assert abs(value.item() - found) <= 1e-6 * found
+        assert lower <= value
+
+
+def test_entropic_gradient_includes_the_plan():
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+
+    def value(x, y):
+        return kd.gromov_wasserstein(x @ x.mT, y @ y.mT, method="entropic", epsilon=60.0)
+
+    torch.autograd.gradcheck(value, (x, y), eps=1e-5, atol=1e-4, rtol=1e-4)
+    one = kd.gromov_wasserstein(semidefinite(5), semidefinite(5), method="entropic", epsilon=1e4)
+    assert one.item() > 0
+    for options, words in (
+        (dict(), "epsilon: needed"),
+        (dict(epsilon=-1.0), "epsilon"),
+        (dict(epsilon=1.0, loss="absolute"), "sorted"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kd.gromov_wasserstein(semidefinite(3), semidefinite(3), method="entropic", **options)
+    with pytest.raises(ValueError, match="symmetric"):
+        kd.gromov_wasserstein(torch.randn(3, 3), torch.randn(3, 3), method="entropic", epsilon=1.0)
+    with pytest.raises(ValueError, match="epsilon: goes with"):
+        kd.gromov_wasserstein(semidefinite(3), semidefinite(3), epsilon=1.0)
+
+
 def brute_line(u, v, a, b, p):
     """Transport between weighted numbers: splits the sorted masses one by one."""
     left = sorted(zip(u.tolist(), a.tolist()))

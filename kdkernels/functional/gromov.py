@@ -140,15 +140,14 @@ def match_graphs(
     total = None
     for i, (teacher, name) in enumerate(zip(teachers, names)):
         teacher_mask = teacher_masks[i]
-        mask_name = f"{name}_mask" if name == "teacher" else "teacher_mask"
         if teacher_mask is None and mask is not None:
             if teacher.shape[:-1] != mask.shape:
                 raise ValueError(
-                    f"{mask_name}: needed beside mask where student and teacher differ in "
+                    "teacher_mask: needed beside mask where student and teacher differ in "
                     f"positions, got {tuple(mask.shape)} and {tuple(teacher.shape[:-1])}"
                 )
             teacher_mask = mask
-        teacher_mask = _check_mask(teacher_mask, mask_name, teacher)
+        teacher_mask = _check_mask(teacher_mask, "teacher_mask", teacher)
         f_teacher, has_teacher = _features(teacher, teacher_mask, scope, teacher_tau, options)
         loss = _match(f_student, f_teacher, p, _both(has_student, has_teacher), reduction)
         loss = loss if weights is None else weights[i] * loss

@@ -2,6 +2,7 @@
 
 from .cot2align import CoT2AlignLoss
 from .feature_transport import FeatureTransportLoss
+from .graph_on_logits import GraphOnLogitsLoss
 from .multi_level_ot import MultiLevelOTLoss
 from .opta import OpTALoss
 from .registry import CatalogueEntry, catalogue, loss, register
@@ -13,6 +14,7 @@ __all__ = [
     "CatalogueEntry",
     "CoT2AlignLoss",
     "FeatureTransportLoss",
+    "GraphOnLogitsLoss",
     "MultiLevelOTLoss",
     "OpTALoss",
     "SinKDLoss",
