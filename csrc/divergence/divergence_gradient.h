@@ -12,7 +12,9 @@ enum class Form { kForward, kLinear, kMixture, kProbability, kPower, kMath };
 template <class S>
 Form form_of(const RowKind<S>& c, DivergenceGroup group) {
   if (c.other == S(0)) {
-    return c.reverse_kl == S(0) && c.entropy == S(0) ? Form::kForward : Form::kLinear;
+    // The forward form divides by its coefficient: a call with the label's term alone has none.
+    const bool forward = c.forward_kl != S(0) || c.cross_entropy != S(0);
+    return forward && c.reverse_kl == S(0) && c.entropy == S(0) ? Form::kForward : Form::kLinear;
   }
   if (sizeof(S) == 8) return Form::kMath;
   switch (group) {

@@ -335,8 +335,10 @@ def _implicit(step, fixed: Tensor, c: Tensor, d: Tensor) -> Tensor:
         again = step(held, c.detach(), d.detach())
         out = step(fixed, c, d)
 
-    def solve(gradient: Tensor) -> Tensor:
+    def solve(gradient: Tensor | None) -> Tensor | None:
         v = gradient
+        if v is None:
+            return None
         for _ in range(MAX_STEPS):
             (back,) = torch.autograd.grad(again, held, v, retain_graph=True)
             new = gradient + back
