@@ -108,8 +108,7 @@ def couplings(n: int, settings: Settings) -> list[Variant]:
     (an upper bound), which is another question: their values stand beside ours, not against them."""
     generator = torch.Generator().manual_seed(0)
     c, d = (
-        x @ x.mT
-        for x in torch.randn(2, n, n, generator=generator, dtype=torch.float64) / n**0.5
+        x @ x.mT for x in torch.randn(2, n, n, generator=generator, dtype=torch.float64) / n**0.5
     )
     c, d = c.to(settings.device), d.to(settings.device)
 
@@ -124,7 +123,9 @@ def couplings(n: int, settings: Settings) -> list[Variant]:
     found.append(Variant(f"{OURS}, interval", interval))
     if settings.peers:
         found.append(
-            Variant("POT gromov_wasserstein2", lambda: pot(c, d), note="a local optimum, on the CPU")
+            Variant(
+                "POT gromov_wasserstein2", lambda: pot(c, d), note="a local optimum, on the CPU"
+            )
         )
     return found
 

@@ -31,9 +31,8 @@ void run(const GraphNodesArgs& args, bool forward) {
 #endif
 }
 
-GraphNodesArgs arguments(const py::object& logits, View mask, View values, View indices,
-                         View stats, View count, bool standardize, bool average,
-                         double temperature) {
+GraphNodesArgs arguments(const py::object& logits, View mask, View values, View indices, View stats,
+                         View count, bool standardize, bool average, double temperature) {
   GraphNodesArgs args;
   args.logits = view_from(logits.ptr());
   args.stream = current_stream(logits.ptr(), args.logits);

@@ -86,7 +86,9 @@ def test_masks_scope_and_reductions(backend):
         else 0.0
         for i in range(3)
     ]
-    torch.testing.assert_close(values.cpu().double(), torch.tensor(expected).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        values.cpu().double(), torch.tensor(expected).double(), rtol=1e-4, atol=0
+    )
     total = kd.graph_on_logits(student, teacher, reduction="sum", **marks)
     mean = kd.graph_on_logits(student, teacher, **marks)
     torch.testing.assert_close(total, values.sum())
@@ -97,12 +99,17 @@ def test_masks_scope_and_reductions(backend):
     assert whole.shape == ()
     expected = explicit(student.detach()[mask], teacher[teacher_mask])
     torch.testing.assert_close(whole.double().cpu(), expected.cpu(), rtol=1e-4, atol=0)
-    none = kd.graph_on_logits(student, teacher, mask=torch.zeros_like(marks["mask"]), teacher_mask=marks["teacher_mask"])
+    none = kd.graph_on_logits(
+        student, teacher, mask=torch.zeros_like(marks["mask"]), teacher_mask=marks["teacher_mask"]
+    )
     assert none.item() == 0 and bool((gradient_of(none, student) == 0).all())
 
 
 def test_teacher_mask_defaults_to_mask(backend):
-    student, teacher = logits(2, 4, 30, device=backend.device), logits(2, 4, 25, device=backend.device)
+    student, teacher = (
+        logits(2, 4, 30, device=backend.device),
+        logits(2, 4, 25, device=backend.device),
+    )
     mask = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]], dtype=torch.bool, device=backend.device)
     one = kd.graph_on_logits(student, teacher, k=3, mask=mask)
     two = kd.graph_on_logits(student, teacher, k=3, mask=mask, teacher_mask=mask)
@@ -189,7 +196,9 @@ def test_nan_stays_in_its_graph(backend):
             assert not bool(values[1].isfinite()), (bad, standardize)
             assert torch.equal(values[::2], expected[::2])
             gradient = gradient_of(values, student)
-            torch.testing.assert_close(gradient[::2], gradient_of(expected, clean)[::2], rtol=0, atol=0)
+            torch.testing.assert_close(
+                gradient[::2], gradient_of(expected, clean)[::2], rtol=0, atol=0
+            )
 
 
 def test_kept_entries(backend):
@@ -211,7 +220,9 @@ def test_kept_entries(backend):
             assert torch.equal(indices.long(), expected.indices[:, :k]), (dtype, k)
             kept = expected.values[:, :k]
             kept = torch.where(kept == -torch.inf, 0.0, kept)
-            torch.testing.assert_close(values, kept.to(values.dtype), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                values, kept.to(values.dtype), rtol=0, atol=0, equal_nan=True
+            )
 
 
 def test_ties_give_a_directional_derivative(double_backend):
@@ -238,6 +249,7 @@ def test_gradcheck(double_backend):
         dict(k=4, p=2, scope="batch", aggregate="sum"),
         dict(k=9, standardize=None, p=2, temperature=2.0),
     ):
+
         def loss(s, t, options=options):
             marks = dict(mask=mask, teacher_mask=torch.ones(2, 2, dtype=torch.bool))
             return kd.graph_on_logits(s, t, **marks, **options)
@@ -268,7 +280,12 @@ def test_simt_schedules_give_the_same_bits(k):
     results = []
     try:
         with kd.use_backend("simt"):
-            for order in (("ascending", 0), ("descending", 0), ("warp_ahead", 1), ("warp_ahead", 2)):
+            for order in (
+                ("ascending", 0),
+                ("descending", 0),
+                ("warp_ahead", 1),
+                ("warp_ahead", 2),
+            ):
                 simt.set_order(*order)
                 x = student.clone().requires_grad_()
                 loss = kd.graph_on_logits(x, teacher, k=k)
@@ -353,7 +370,9 @@ def test_teacher_with_gradient_and_upstream(backend):
         with kd.use_backend("torch"):
             expected = kd.graph_on_logits(student, teacher)
         (gradient,) = torch.autograd.grad(loss, a, retain_graph=True)
-        torch.testing.assert_close(gradient, torch.autograd.grad(expected, a)[0], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            gradient, torch.autograd.grad(expected, a)[0], rtol=1e-4, atol=1e-7
+        )
     half = logits(1, 4, 300, dtype=torch.float16, device=backend.device).requires_grad_()
     small = kd.graph_on_logits(half, teacher.detach(), temperature=1e4, teacher_temperature=1e4)
     (gradient,) = torch.autograd.grad(small * 2.0**20, half)

@@ -48,7 +48,9 @@ def test_terms():
         )(student, teacher, labels)
         expected = gld + uld_weight * uld + label_weight * ce
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-        gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, expected)]
+        gradients = [
+            torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, expected)
+        ]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 

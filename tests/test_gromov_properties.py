@@ -27,7 +27,12 @@ def draw(seed, sequences, lengths, widths, dtype=torch.float32):
 
 
 @FEW
-@given(k=st.integers(1, 40), p=st.sampled_from((1, 2)), aggregate=st.sampled_from(("mean", "sum")), **SHAPES)
+@given(
+    k=st.integers(1, 40),
+    p=st.sampled_from((1, 2)),
+    aggregate=st.sampled_from(("mean", "sum")),
+    **SHAPES,
+)
 def test_invariances(seed, sequences, lengths, widths, k, p, aggregate):
     """Shifts and scales of a row, the order of the vocabulary and of the positions change nothing;
     swapping the sides neither; equal sides give 0; nothing is negative."""
@@ -67,7 +72,9 @@ def test_masks_are_selection(seed, sequences, lengths, widths):
 
 
 @FEW
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 5), loss=st.sampled_from(("square", "absolute")))
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 5), loss=st.sampled_from(("square", "absolute"))
+)
 def test_bounds_are_ordered(seed, n, loss):
     """first <= third <= sorted for any symmetric costs; renumbering nodes changes no lower bound."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,5 +89,7 @@ def test_bounds_are_ordered(seed, n, loss):
     for method, value in (("first_lower_bound", first), ("third_lower_bound", third)):
         again = kd.gromov_wasserstein(c[order][:, order], d, method=method, loss=loss)
         torch.testing.assert_close(again, value, rtol=1e-9, atol=1e-12)
-    value, lower, upper = kd.gromov_wasserstein(c, c[order][:, order], loss=loss, return_bounds=True)
+    value, lower, upper = kd.gromov_wasserstein(
+        c, c[order][:, order], loss=loss, return_bounds=True
+    )
     assert lower.item() <= 0.0 <= upper.item() and abs(value.item()) < 1e-12

@@ -134,7 +134,8 @@ namespace detail {
 
 // Entries of a block, so that its second look comes from the nearest cache.
 constexpr int64_t kScanBlock = 2048;
-// The hardware's prefetcher stops at each page; this far ahead a row streams as fast as memory does.
+// The hardware's prefetcher stops at each page; this far ahead a row streams as fast as memory
+// does.
 constexpr size_t kScanAhead = 8192;
 constexpr size_t kCacheLine = 64;
 

@@ -88,8 +88,8 @@ constexpr int kRanks = 32;
 constexpr int kRowLanes = 16;
 
 template <class T, class F>
-__global__ void __launch_bounds__(kRanks* kRowLanes) nodes_fwd_graph_kernel(
-    NodeRowsDevice<T, F> rows) {
+__global__ void __launch_bounds__(kRanks* kRowLanes)
+    nodes_fwd_graph_kernel(NodeRowsDevice<T, F> rows) {
   using Tile = double[kRowLanes][kRanks];
   using Lane = double[kRowLanes];
   KD_SHARED(Tile, parts);
@@ -211,7 +211,11 @@ NodeRowsDevice<T, F> rows_of(const GraphNodesArgs& args) {
 
 LaunchInfo info_for(const GraphNodesArgs& args, const char* kernel, dim3 grid, dim3 block,
                     size_t shared) {
-  return {kernel, grid, block, shared, static_cast<Stream>(args.stream),
+  return {kernel,
+          grid,
+          block,
+          shared,
+          static_cast<Stream>(args.stream),
           "(N, V) = " + shape_text(args.logits) + ", k=" + std::to_string(args.values.shape[1])};
 }
 
@@ -233,8 +237,8 @@ void launch_nodes_fwd(const GraphNodesArgs& args) {
   const int64_t count = args.logits.shape[0], graphs = args.count.shape[0];
   if (count > 0) {
     const size_t shared = topk_shared_bytes<F>(rows.k, kThreads, kVecWidth<T>);
-    const LaunchInfo info = info_for(args, "nodes_fwd_row", dim3(static_cast<unsigned>(count)),
-                                     dim3(kThreads), shared);
+    const LaunchInfo info =
+        info_for(args, "nodes_fwd_row", dim3(static_cast<unsigned>(count)), dim3(kThreads), shared);
     if (args.spec.standardize) {
       launch(info, nodes_fwd_row_kernel<T, F, true>, rows);
     } else {

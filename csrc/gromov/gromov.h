@@ -27,7 +27,8 @@
 
 namespace kd {
 
-// Saved statistics, a row of kNodeStats numbers in the compute dtype (float32; float64 for float64).
+// Saved statistics, a row of kNodeStats numbers in the compute dtype (float32; float64 for
+// float64).
 enum NodeStat : int {
   kNodeMean = 0,       // 0 without standardize
   kNodeDeviation = 1,  // population deviation; 0 without standardize

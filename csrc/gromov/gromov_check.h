@@ -42,8 +42,8 @@ inline void check_nodes(const GraphNodesArgs& args, bool backward) {
   check_output(args.stats, "stats", compute, rows, kNodeStats);
   KD_CHECK(args.count.ndim == 1, "count: expected shape (G,), got ", shape_text(args.count));
   const int64_t graphs = args.count.shape[0];
-  KD_CHECK(graphs >= 1 ? rows % graphs == 0 : rows == 0, "count: ", rows,
-           " rows do not make ", graphs, " graphs");
+  KD_CHECK(graphs >= 1 ? rows % graphs == 0 : rows == 0, "count: ", rows, " rows do not make ",
+           graphs, " graphs");
   check_dtype(args.count, "count", DType::kFloat64);
   check_dense(args.count, "count");
   if (backward) {

@@ -1,7 +1,8 @@
 // Row loops of the graph features against SIMD lanes; compiled once per ISA.
+#include "gromov/gromov_cpu.h"
+
 #include "common/parallel.h"
 #include "common/topk_rows.h"
-#include "gromov/gromov_cpu.h"
 #include "gromov/gromov_math.h"
 
 namespace kd {
@@ -112,9 +113,8 @@ void backward(const NodeRows& rows, int64_t begin, int64_t end) {
     }
     const RowScale scale = {stats[kNodeMean], stats[kNodeDeviation], stats[kNodeScale],
                             stats[kNodeCount]};
-    const RowGradient gradient =
-        row_gradient(scale, share, stats[kNodeSum], dot, h_sum, kept, rows.spec.standardize,
-                     rows.spec.temperature);
+    const RowGradient gradient = row_gradient(scale, share, stats[kNodeSum], dot, h_sum, kept,
+                                              rows.spec.standardize, rows.spec.temperature);
     if (rows.spec.standardize) {
       dense_gradient(row, n, scale, gradient, out);
     } else {
@@ -125,8 +125,7 @@ void backward(const NodeRows& rows, int64_t begin, int64_t end) {
       const double x = to_float(row[indices[j]]);
       if (is_masked_logit(x)) continue;
       const double rest = gradient.constant + gradient.slope * (x - scale.mean);
-      out[indices[j]] =
-          cast<T>(static_cast<S>(rest + gradient.per_h * h[j] + gradient.flat));
+      out[indices[j]] = cast<T>(static_cast<S>(rest + gradient.per_h * h[j] + gradient.flat));
     }
   }
   stream_fence();

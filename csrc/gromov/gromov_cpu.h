@@ -15,9 +15,9 @@ struct NodeRows {
   int64_t row_stride, columns, k;
   const uint8_t* mask;  // or null
   int64_t mask_stride;
-  int32_t* indices;     // (N, k)
-  void* values;         // (N, k)
-  void* stats;          // (N, kNodeStats)
+  int32_t* indices;  // (N, k)
+  void* values;      // (N, k)
+  void* stats;       // (N, kNodeStats)
   // Backward.
   void* grad;  // (N, V), rows of `columns`
   const double* upstream;

@@ -64,9 +64,8 @@ void graph_nodes_fwd(const GraphNodesArgs& args) {
   const bool wide = args.logits.dtype == DType::kFloat64;
   // Kept and waiting entries of one row: value and index.
   const size_t bytes = static_cast<size_t>(2 * rows.k + 16) * ((wide ? 8 : 4) + sizeof(int32_t));
-  parallel_for(0, args.logits.shape[0], 1, [&](int64_t begin, int64_t end) {
-    forward(rows, begin, end, scratch(bytes));
-  });
+  parallel_for(0, args.logits.shape[0], 1,
+               [&](int64_t begin, int64_t end) { forward(rows, begin, end, scratch(bytes)); });
   double* nodes = args.nodes.as<double>();
   double* count = args.count.as<double>();
   parallel_for(0, args.count.shape[0], 1, [&](int64_t begin, int64_t end) {
@@ -89,9 +88,8 @@ void graph_nodes_bwd(const GraphNodesArgs& args) {
   const auto backward = KD_PICK_ISA(node_table)()->backward[slot];
   const int64_t element = slot == 0 ? 4 : args.logits.dtype == DType::kFloat64 ? 8 : 2;
   advise_huge(args.grad.data, static_cast<size_t>(args.grad.size() * element));
-  parallel_for(0, args.logits.shape[0], 1, [&](int64_t begin, int64_t end) {
-    backward(rows, begin, end);
-  });
+  parallel_for(0, args.logits.shape[0], 1,
+               [&](int64_t begin, int64_t end) { backward(rows, begin, end); });
 }
 
 }  // namespace cpu

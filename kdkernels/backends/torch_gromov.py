@@ -34,9 +34,7 @@ def _scaled(
     return z, torch.cat([mean, deviation, scale, count], -1)
 
 
-def _features(
-    z: Tensor, chosen: Tensor, graphs: int, average: bool
-) -> tuple[Tensor, Tensor]:
+def _features(z: Tensor, chosen: Tensor, graphs: int, average: bool) -> tuple[Tensor, Tensor]:
     """f (G, k) from the explicit graphs C (G, k, k), and the selected positions (G,)."""
     k, rows = z.shape[-1], z.shape[0] // max(graphs, 1)
     z = torch.where(chosen[:, None], z, 0.0).view(graphs, rows, k)

@@ -108,7 +108,11 @@ def gromov_wasserstein(
         return out
     with torch.no_grad():
         lower, upper = _bounds(c, d, weights, p, uniform, method, value)
-        return out, _outwards(lower, dtype, -1).view(leading), _outwards(upper, dtype, 1).view(leading)
+        return (
+            out,
+            _outwards(lower, dtype, -1).view(leading),
+            _outwards(upper, dtype, 1).view(leading),
+        )
 
 
 def sliced_gromov_wasserstein(
@@ -202,9 +206,7 @@ def _line_cost(x: Tensor, y: Tensor) -> Tensor:
 # Bounds. C (B, n, n), D (B, m, m), weights (B, n) and (B, m), float64. --------------------------
 
 
-def _line_transport(
-    u: Tensor, v: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _line_transport(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The monotone coupling of values u (B, n), v (B, m): (i, j, mass), each (B, n + m)."""
     order_u, order_v = u.argsort(dim=-1, stable=True), v.argsort(dim=-1, stable=True)
     up, down = a.gather(-1, order_u).cumsum(-1), b.gather(-1, order_v).cumsum(-1)

@@ -122,9 +122,7 @@ def _op_fwd(logits, mask, *options):
 
 
 def _op_bwd(logits, mask, values, indices, stats, count, upstream, *options):
-    return _backward(
-        logits, mask, values, indices, stats, count, upstream, NodeOptions(*options)
-    )
+    return _backward(logits, mask, values, indices, stats, count, upstream, NodeOptions(*options))
 
 
 def _fake_fwd(logits, mask, k, graphs, *_):
