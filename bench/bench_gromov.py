@@ -105,7 +105,7 @@ def graph_gradient(shape, dtype: torch.dtype, settings: Settings) -> list[Varian
 
 def couplings(n: int, settings: Settings) -> list[Variant]:
     """Certified bounds of GW_2^2 between two semidefinite matrices; POT's solvers find a coupling
-    (an upper bound), which is another question: their values stand beside ours, not against them."""
+    (an upper bound), which is another question: they stand beside ours, not against them."""
     generator = torch.Generator().manual_seed(0)
     c, d = (
         x @ x.mT for x in torch.randn(2, n, n, generator=generator, dtype=torch.float64) / n**0.5
@@ -122,11 +122,7 @@ def couplings(n: int, settings: Settings) -> list[Variant]:
     found = [ours(m) for m in ("first_lower_bound", "third_lower_bound", "sorted")]
     found.append(Variant(f"{OURS}, interval", interval))
     if settings.peers:
-        found.append(
-            Variant(
-                "POT gromov_wasserstein2", lambda: pot(c, d), note="a local optimum, on the CPU"
-            )
-        )
+        found.append(Variant("POT, gw2", lambda: pot(c, d), note="a local optimum, on CPU"))
     return found
 
 

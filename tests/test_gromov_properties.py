@@ -1,4 +1,4 @@
-"""Properties of graphs on logits and of Gromov-Wasserstein bounds, over drawn shapes and options."""
+"""Properties of graphs on logits and of Gromov-Wasserstein bounds, over drawn shapes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_masks_are_selection(seed, sequences, lengths, widths):
     seed=st.integers(0, 10**6), n=st.integers(1, 5), loss=st.sampled_from(("square", "absolute"))
 )
 def test_bounds_are_ordered(seed, n, loss):
-    """first <= third <= sorted for any symmetric costs; renumbering nodes changes no lower bound."""
+    """first <= third <= sorted for symmetric costs; renumbering nodes changes no lower bound."""
     generator = torch.Generator().manual_seed(seed)
     c, d = (torch.randn(n, n, generator=generator, dtype=torch.float64) for _ in range(2))
     c, d = c + c.T, d + d.T

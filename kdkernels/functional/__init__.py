@@ -2,8 +2,9 @@
 
 from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
 from .gromov import graph_on_logits
-from .gromov_wasserstein import gromov_wasserstein, sliced_gromov_wasserstein
+from .gromov_wasserstein import gromov_wasserstein
 from .sinkhorn import sinkhorn, sinkhorn_assign, transport
+from .sliced_gromov_wasserstein import sliced_gromov_wasserstein
 from .transport import sinkhorn_divergence, sorted_transport
 
 __all__ = [

@@ -138,8 +138,7 @@ def match_graphs(
     options = (k, standardize is not None, average)
     f_student, has_student = _features(student, mask, scope, tau, options)
     total = None
-    for i, (teacher, name) in enumerate(zip(teachers, names)):
-        teacher_mask = teacher_masks[i]
+    for i, (teacher, teacher_mask) in enumerate(zip(teachers, teacher_masks)):
         if teacher_mask is None and mask is not None:
             if teacher.shape[:-1] != mask.shape:
                 raise ValueError(

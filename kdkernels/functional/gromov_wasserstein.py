@@ -1,5 +1,5 @@
 """Gromov-Wasserstein between two cost matrices: bounds, certificates, the exact value of small
-problems; and the sliced distance between point clouds.
+problems.
 
 Everything here is torch operations in float64 but the assignment. All bounds are written so that
 autograd gives their derivative: an optimal coupling is found first, without gradient, and the value
@@ -38,7 +38,7 @@ def gromov_wasserstein(
     epsilon: float | None = None,
     return_bounds: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Gromov-Wasserstein GW_p^p(C, D) = min_T sum |C_ij - D_kl|^p T_ik T_jl over couplings T of a, b.
+    """Gromov-Wasserstein GW_p^p = min_T sum |C_ij - D_kl|^p T_ik T_jl over couplings T of a and b.
 
     p = 2 for loss "square", 1 for "absolute"; the p-th power is returned, no root is taken.
 
@@ -49,41 +49,44 @@ def gromov_wasserstein(
       squares of the rows (Memoli's) and with the row means. k x this value ("absolute", uniform) is
       the number of InfiGFusion (`graph_on_logits`). It is 0 for graphs with the same node numbers:
       a 6-cycle against two triangles gives 0, the exact value is 0.2222.
-    * "third_lower_bound" <= GW_p^p, never below the first, O(n^3): transport between rows, as sorted
-      values, then the best assignment of rows. Uniform weights, equal sizes up to 512. It is 0 for
-      the two graphs above, too.
+    * "third_lower_bound" <= GW_p^p, never below the first, O(n^3): transport between rows, as
+      sorted values, then the best assignment of rows. Uniform weights, equal sizes up to 512. It
+      is 0 for the two graphs above, too.
     * "sorted" >= GW_p^p, O(n^2): the value of the coupling that sorts the row means of both.
     * "entropic" >= GW_p^p: the value of the plan that entropic transport settles at, from T = a b^T
-      by T <- Sinkhorn(2 L(T), epsilon) with L(T)_ik = sum_jl (C_ij - D_kl)^2 T_jl, each Sinkhorn run
-      to a marginal error of 1e-9 (POT's entropic_gromov_wasserstein2). O(n^3) a step. The entropy
-      is not in the value. Symmetric costs, loss "square". The gradient includes the plan's own
-      change, by the implicit function theorem.
+      by T <- Sinkhorn(2 L(T), epsilon) with L(T)_ik = sum_jl (C_ij - D_kl)^2 T_jl, each Sinkhorn
+      run to a marginal error of 1e-9 (POT's entropic_gromov_wasserstein2). O(n^3) a step. The
+      entropy is not in the value. Symmetric costs, loss "square", constant weights. The gradient
+      includes the plan's own change, by the implicit function theorem.
     * "exact" = GW_p^p: the best of all n! permutations. That is the minimum over couplings where
       both matrices are positive semidefinite, or both conditionally negative definite (squared
       Euclidean distances), for then the objective is concave; other inputs are refused. n <= 8,
       equal sizes, uniform weights, loss "square".
 
     Args:
-        student_cost: C [..., n, n], any real numbers; "exact" needs symmetric ones.
+        student_cost: C [..., n, n], any real numbers; "exact" and "entropic" need symmetric ones.
         teacher_cost: D [..., m, m], the same leading shape, device and (float64 or not) dtype.
-        a, b: weights [..., n] and [..., m] or [n] and [m], >= 0, each adding up to 1; None: uniform.
+        a, b: weights [..., n] and [..., m] or [n] and [m], >= 0, adding up to 1; None: uniform.
         method: see above.
         loss: "square" or "absolute".
         epsilon: of "entropic", > 0, in units of the costs squared.
         return_bounds: also return (lower, upper) with lower <= GW_p^p <= upper: the larger of the
             first and (where it can be had) the third lower bound, and the sorted coupling's value
-            (for "exact" both are the value). Computed in float64 and rounded outwards, so they hold for the given numbers.
+            (for "exact" both are the value). Computed in float64 and rounded outwards, so they
+            hold for the given numbers.
 
     Returns:
         value [...], float32 (float64 for float64 costs), or (value, lower, upper). The gradient
-        reaches both costs and (but for "entropic") the weights, through the coupling found; where several are optimal it is that of one of them. The bounds carry none.
+        reaches both costs and the weights, through the coupling found; where several are optimal it
+        is that of one of them. The bounds carry none.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the way out. What
-            only data can tell (symmetry, definiteness, weights) is read for "exact" on any device,
-            and for weights on CPU tensors.
+            only data can tell is read for "exact" and "entropic" (symmetry, definiteness) on any
+            device, and for weights on CPU tensors.
 
-    "third_lower_bound", "entropic" and "exact" look at data on the host: no CUDA graphs, no fullgraph compile.
+    "third_lower_bound", "entropic", "exact" and return_bounds look at data on the host: no CUDA
+    graphs, no fullgraph compile.
 
     Memoli, Found. Comput. Math. 11 (2011); Peyre, Cuturi, Solomon (2016).
     """
@@ -113,94 +116,6 @@ def gromov_wasserstein(
             _outwards(lower, dtype, -1).view(leading),
             _outwards(upper, dtype, 1).view(leading),
         )
-
-
-def sliced_gromov_wasserstein(
-    x: Tensor,
-    y: Tensor,
-    *,
-    projections: int | Tensor = 50,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Sliced Gromov-Wasserstein between point clouds: mean over lines of the one-dimensional
-    GW_2^2 of squared distances, each by sorting.
-
-    On a line the points are matched in ascending or in descending order, whichever is cheaper. That
-    is the best permutation for most data, but not always (counterexamples from n = 7 on: Beinert,
-    Heiss, Steidl, 2022), so a line's value is an upper bound of its GW_2^2. O(L n (d + log n)).
-
-    Args:
-        x, y: points [..., n, d] and [..., n, d'], equal n, uniform weights; the lower dimension is
-            padded with zeros.
-        projections: number of lines, drawn uniformly from the sphere in max(d, d') dimensions; or
-            the directions [L, max(d, d')], used as they are.
-        generator: for the draw; on the device of `x`.
-
-    Returns:
-        [...], float32 (float64 for float64 points). Moments are centred and in float64: right also
-        where the points are far from the origin (raw float32 moments return 0 or a large negative
-        number at an offset of 100). Gradients reach the points and given directions.
-
-    Vayer, Flamary, Courty, Tavenard, Chapel (2019).
-    """
-    for points, name in ((x, "x"), (y, "y")):
-        check_floats(points, name)
-        if points.dim() < 2 or points.shape[-2] < 1 or points.shape[-1] < 1:
-            raise ValueError(f"{name}: expected shape [..., n, d], got {tuple(points.shape)}")
-    same_device(y, "y", x)
-    if x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(
-            f"y: expected as many points and the same leading shape as x {tuple(x.shape)}, got "
-            f"{tuple(y.shape)}; sample the larger cloud down"
-        )
-    width = max(x.shape[-1], y.shape[-1])
-    directions = _directions(projections, width, generator, x)
-    lines = []
-    for points in (x, y):
-        points = points.double()
-        points = points - points.mean(-2, keepdim=True)
-        lines.append((points @ directions[:, : points.shape[-1]].mT).sort(dim=-2).values)
-    u, v = lines
-    cost = torch.minimum(_line_cost(u, v), _line_cost(u, v.flip(-2)))
-    out = cost.mean(-1)
-    return out.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-# Sliced. ----------------------------------------------------------------------------------------
-
-
-def _directions(projections, width: int, generator, like: Tensor) -> Tensor:
-    if isinstance(projections, Tensor):
-        check_floats(projections, "projections")
-        same_device(projections, "projections", like)
-        if projections.dim() != 2 or projections.shape[0] < 1 or projections.shape[1] != width:
-            raise ValueError(
-                f"projections: expected directions of shape (L, {width}), got "
-                f"{tuple(projections.shape)}"
-            )
-        return projections.double()
-    if isinstance(projections, bool) or not isinstance(projections, int):
-        raise TypeError(
-            f"projections: expected an int or a tensor, got {type(projections).__name__}"
-        )
-    if projections < 1:
-        raise ValueError(f"projections: expected at least 1, got {projections}")
-    drawn = torch.randn(
-        projections, width, dtype=torch.float64, device=like.device, generator=generator
-    )
-    return drawn / drawn.norm(dim=-1, keepdim=True)
-
-
-def _line_cost(x: Tensor, y: Tensor) -> Tensor:
-    """mean over i, j of ((x_i - x_j)^2 - (y_i - y_j)^2)^2 for paired points (..., n, L), from
-    moments about the means (x and y are centred up to rounding, here exactly)."""
-    n = x.shape[-2]
-    x = x - x.mean(-2, keepdim=True)
-    y = y - y.mean(-2, keepdim=True)
-    xx, yy = x * x, y * y
-    x2, y2, xy = xx.sum(-2), yy.sum(-2), (x * y).sum(-2)
-    fourth = (xx * xx).sum(-2) + (yy * yy).sum(-2) - 2 * (xx * yy).sum(-2)
-    return (2 * n * fourth + 6 * (x2 * x2 + y2 * y2) - 4 * x2 * y2 - 8 * xy * xy) / n**2
 
 
 # Bounds. C (B, n, n), D (B, m, m), weights (B, n) and (B, m), float64. --------------------------
@@ -391,9 +306,12 @@ def _check(c, d, a, b, method, loss, epsilon):
         check_number(epsilon, "epsilon", positive=True)
         if loss != "square":
             raise ValueError(
-                f"loss: method 'entropic' is for 'square', got {loss!r}; use method 'sorted' for an "
-                "upper bound"
+                f"loss: method 'entropic' is for 'square', got {loss!r}; use method 'sorted' for "
+                "an upper bound"
             )
+        for weights, name in ((a, "a"), (b, "b")):
+            if isinstance(weights, Tensor) and weights.requires_grad:
+                raise ValueError(f"{name}: constant in method 'entropic'; it must not require grad")
     elif epsilon is not None:
         raise ValueError(f"epsilon: goes with method 'entropic', got method {method!r}")
     for cost, name in ((c, "student_cost"), (d, "teacher_cost")):

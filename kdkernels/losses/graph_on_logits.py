@@ -119,7 +119,7 @@ class GraphOnLogitsLoss(nn.Module):
 
 
 def _rows(teacher: Tensor, labels, mask, chosen: Tensor | None) -> Tensor | None:
-    """The teacher's selected rows; None: match_graphs takes the student's, or says why it cannot."""
+    """The teacher's selected rows; None: match_graphs takes the student's or says why not."""
     if labels is not None or mask is not None:
         return selected(teacher, labels, mask, teacher.dim() - 1)
     same = chosen is not None and teacher.shape[:-1] == chosen.shape
