@@ -132,17 +132,28 @@ KD_HOST_DEVICE F kl_generator(F p, F difference, F d) {
 template <class F, class S>
 KD_HOST_DEVICE Terms<F> linear_terms(const Entry<F>& e, const RowKind<S>& c) {
   const F pq = e.q - e.p;
-  const F log_q_p = zero_times(e.p, e.lq), log_q_q = zero_times(e.q, e.lq);
-  const F forward = kl_generator(e.p, pq, e.d);
-  const F reverse = kl_generator(e.q, -pq, -e.d);
-  const F f(c.forward_kl), r(c.reverse_kl), x(c.cross_entropy), h(c.entropy);
-  Terms<F> t;
-  t.value = select(f != F(0), f * forward, F(0)) + select(r != F(0), r * reverse, F(0)) -
-            select(x != F(0), x * log_q_p, F(0)) - select(h != F(0), h * log_q_q, F(0));
-  t.student = (f + x) * pq - select(r != F(0), r * zero_times(e.q, e.d), F(0)) -
-              select(h != F(0), h * log_q_q, F(0));
-  t.teacher = select(f != F(0), f * zero_times(e.p, e.d), F(0)) - r * pq -
-              select(x != F(0), x * log_q_p, F(0));
+  // Coefficients are the same for a whole row: branches on them cost nothing.
+  Terms<F> t{F(0), F(c.forward_kl + c.cross_entropy) * pq, F(0)};
+  if (c.forward_kl != S(0)) {
+    t.value = F(c.forward_kl) * kl_generator(e.p, pq, e.d);
+    t.teacher = F(c.forward_kl) * zero_times(e.p, e.d);
+  }
+  if (c.reverse_kl != S(0)) {
+    const F r(c.reverse_kl);
+    t.value = t.value + r * kl_generator(e.q, -pq, -e.d);
+    t.student = t.student - r * zero_times(e.q, e.d);
+    t.teacher = t.teacher - r * pq;
+  }
+  if (c.cross_entropy != S(0)) {
+    const F cross = F(c.cross_entropy) * zero_times(e.p, e.lq);
+    t.value = t.value - cross;
+    t.teacher = t.teacher - cross;
+  }
+  if (c.entropy != S(0)) {
+    const F entropy = F(c.entropy) * zero_times(e.q, e.lq);
+    t.value = t.value - entropy;
+    t.student = t.student - entropy;
+  }
   return t;
 }
 
@@ -191,7 +202,8 @@ KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c
   const F half(0.5), two(2), zero(0);
   Terms<F> out;
   // chi-squared divides by q: the base itself when q >= p, else base (1 + t).
-  const F chi_scale = select(above, F(1) / ratio, F(1));
+  // The exponential again, for 1 + t has few bits left where d is large.
+  const F chi_scale = select(above, exp(distance), F(1));
   out.value = base * (half * tv * abs(t) + half * h * u * u + tri * abs(t * r)) +
               select(chi != zero, chi * base * t * t * chi_scale, zero);
   const F sign = select(e.d > zero, F(-1), select(e.d < zero, F(1), zero));  // of q - p
@@ -240,10 +252,10 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   if (s != S(0)) value = kl_generator(base, other - base, F(s) * sd) * F(S(1) / s);
   if (little != S(0)) {
     value = value - kl_generator(base, W - base, F(little) * sd) * F(S(1) / little);
-    // base x d stands in both generators; where it is infinite it must go before it is subtracted.
     if (s != S(0)) {
-      const F bare = (other - base) * F(S(1) / s) - (W - base) * F(S(1) / little);
-      value = select(abs(sd) < F(kInfinity), value, bare);
+      // Far apart, where d may be infinite: the two x l cancel, so they are left out.
+      const F far = fma(F(S(1) / s), other - base, F(S(-1) / little) * (W - base));
+      value = select(abs(d) < F(4), value, far);
     }
   }
   Terms<F> out;
