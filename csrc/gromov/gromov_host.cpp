@@ -68,7 +68,9 @@ void graph_nodes_fwd(const GraphNodesArgs& args) {
                [&](int64_t begin, int64_t end) { forward(rows, begin, end, scratch(bytes)); });
   double* nodes = args.nodes.as<double>();
   double* count = args.count.as<double>();
-  parallel_for(0, args.count.shape[0], 1, [&](int64_t begin, int64_t end) {
+  // k additions a row: a thread is worth its start from some 2^16 on.
+  const int64_t grain = (int64_t{1} << 16) / (rows.k * rows.rows_per_graph + 1) + 1;
+  parallel_for(0, args.count.shape[0], grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       if (wide) {
         sum_graph<double>(rows, g, nodes + g * rows.k, count + g);

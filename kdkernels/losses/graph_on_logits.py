@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..functional.divergence import divergence
 from ..functional.gromov import match_graphs
 from .registry import register
-from .selection import selected
+from .selection import selected, wide
 from .uld import ULDLoss
 
 
@@ -111,10 +110,11 @@ class GraphOnLogitsLoss(nn.Module):
         if self.label_weight:
             if labels is None:
                 raise ValueError("labels: needed where label_weight is not 0")
-            # Of the divergence only its label term: no teacher is read.
-            loss = loss + self.label_weight * divergence(
-                student, None, (("entropy", 0.0),), labels=labels, mask=mask, label_weight=1.0
-            )
+            # Zero, not NaN, where no row is selected.
+            kept = torch.where(chosen, labels, -100).reshape(-1)
+            logits = wide(student).reshape(-1, student.shape[-1])
+            total = F.cross_entropy(logits, kept, ignore_index=-100, reduction="sum")
+            loss = loss + self.label_weight * total / chosen.sum().clamp(min=1)
         return loss
 
 
