@@ -3,7 +3,22 @@
 from importlib import metadata as _metadata
 
 from .backends import backends, debug, use_backend
-from .functional import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
+from .functional import (
+    divergence,
+    forward_kl,
+    graph_on_logits,
+    gromov_wasserstein,
+    jensen_shannon,
+    reverse_kl,
+    sinkhorn,
+    sinkhorn_assign,
+    sinkhorn_divergence,
+    sliced_gromov_wasserstein,
+    sorted_transport,
+    total_variation,
+    transport,
+)
+from .losses.registry import catalogue, loss
 
 try:
     __version__ = _metadata.version("kdkernels")
@@ -12,11 +27,21 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
 
 __all__ = [
     "backends",
+    "catalogue",
     "debug",
     "divergence",
     "forward_kl",
+    "graph_on_logits",
+    "gromov_wasserstein",
     "jensen_shannon",
+    "loss",
     "reverse_kl",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_divergence",
+    "sliced_gromov_wasserstein",
+    "sorted_transport",
     "total_variation",
+    "transport",
     "use_backend",
 ]

@@ -61,4 +61,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
   kd::binding::bind_common(m);
   kd::binding::bind_divergence(m);
+  kd::binding::bind_gromov(m);
+  kd::binding::bind_transport(m);
 }
