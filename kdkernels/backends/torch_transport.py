@@ -254,9 +254,7 @@ def _fixed_point(p: _Problem, f: Tensor, g: Tensor):
 
     def step(x: Tensor) -> Tensor:
         rows = f0.shape[1]
-        return torch.cat(
-            [p.rows(x[:, rows:], p.b), p.columns(x[:, :rows], p.a)], dim=1
-        )
+        return torch.cat([p.rows(x[:, rows:], p.b), p.columns(x[:, :rows], p.a)], dim=1)
 
     x = torch.cat([f0, g0], dim=1).requires_grad_()
     y = step(x)
@@ -287,11 +285,11 @@ def _side(logits: Tensor, tau: float, scale: Tensor | None, excluded: Tensor | N
     key = logits.double()
     if excluded is not None:
         key = torch.where(excluded, -torch.inf, key)
-    order = key.argsort(-1, descending=True, stable=True)
+    order = key.argsort(dim=-1, descending=True, stable=True)
     if excluded is not None:
         # Entries at -inf that are not excluded stay before those that are.
         first = torch.where(excluded, 1, 0).expand_as(order).gather(-1, order)
-        order = order.gather(-1, first.argsort(-1, stable=True))
+        order = order.gather(-1, first.argsort(dim=-1, stable=True))
         keep = ~excluded.expand_as(order).gather(-1, order)
     else:
         keep = torch.ones_like(order, dtype=torch.bool)

@@ -2,7 +2,8 @@
 
 from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
 from .sinkhorn import sinkhorn, sinkhorn_assign, transport
-from .transport import sinkhorn_divergence, sorted_transport
+from .sinkhorn_divergence import sinkhorn_divergence
+from .sorted_transport import sorted_transport
 
 __all__ = [
     "divergence",

@@ -111,7 +111,7 @@ def sinkhorn(
     teacher_lengths = _lengths(teacher_lengths, "teacher_lengths", batch, columns, cost)
     a = _marginal(a, "a", batch, rows, cost, dtype)
     b = _marginal(b, "b", batch, columns, cost, dtype)
-    if value != "sharp" or (a is None) != (b is None) and reach is None:
+    if value != "sharp" or ((a is None) != (b is None) and reach is None):
         # The value's formula, and the comparison of masses, want them in full.
         a = _uniform(batch, rows, student_lengths, dense) if a is None else a
         b = _uniform(batch, columns, teacher_lengths, dense) if b is None else b
@@ -120,7 +120,7 @@ def sinkhorn(
         a, b, bad = _check_marginals(
             a, b, student_lengths, teacher_lengths, balanced=reach_a is None and reach_b is None
         )
-    if settings().debug and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and settings().debug:
         _check_finite(dense, student_lengths, teacher_lengths)
 
     spec = SinkhornSpec(
@@ -141,9 +141,7 @@ def sinkhorn(
     if by_envelope:
         out, solution = _envelope_value(problem, spec, value, (reach_a, reach_b), return_plan)
         if return_plan and gradient == "implicit" and differentiable:
-            solution = ops.sinkhorn(
-                *problem, spec, keep=False, linear=False, sums=False, plan=True
-            )
+            solution = ops.sinkhorn(*problem, spec, keep=False, linear=False, sums=False, plan=True)
     else:
         solution = ops.sinkhorn(
             *problem,
