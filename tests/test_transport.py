@@ -285,7 +285,7 @@ def test_shared_cost_and_empty_batches(backend):
     assert kd.sinkhorn(cost[:0].detach(), epsilon=0.1).shape == (0,)
 
 
-@pytest.mark.parametrize("order", (("ascending",), ("descending",), ("shuffled", 7)))
+@pytest.mark.parametrize("order", (("ascending",), ("descending",), ("shuffle", 7), ("warp_ahead",)))
 def test_simt_schedules_agree(order):
     reason = next(r for r in kd.backends() if (r.family, r.backend) == ("transport", "simt"))
     if not reason.available:
