@@ -332,6 +332,39 @@ def test_large_problems_take_the_other_launch(name):
     torch.testing.assert_close(grad.double(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
+def test_every_instruction_set(isa):
+    extension = pytest.importorskip("kdkernels._C")
+    try:
+        extension.set_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        cost, a, b = problem(2, 9, 37, dtype=torch.float32)
+        value = kd.sinkhorn(cost, a, b, epsilon=0.05, iterations=4)
+        grads = torch.autograd.grad(value.sum(), (cost, a, b))
+        z = (torch.randn(2, 500) * 3).requires_grad_()
+        t = torch.randn(2, 450) * 3
+        loss = kd.sorted_transport(z, t)
+        (grad_z,) = torch.autograd.grad(loss, z)
+        half = kd.sorted_transport(z.detach().bfloat16(), t.bfloat16())
+        with kd.use_backend("torch"):
+            own = [x.detach().double().requires_grad_() for x in (cost, a, b, z)]
+            expected = kd.sinkhorn(*own[:3], epsilon=0.05, iterations=4)
+            wanted = torch.autograd.grad(expected.sum(), own[:3])
+            loss64 = kd.sorted_transport(own[3], t.double())
+            half64 = kd.sorted_transport(z.detach().bfloat16(), t.bfloat16())
+            (want_z,) = torch.autograd.grad(loss64, own[3])
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+        for grad, want in zip(grads, wanted, strict=True):
+            assert float((grad - want).abs().max()) <= 1e-4 * max(1.0, float(want.abs().max()))
+        torch.testing.assert_close(loss.double(), loss64, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(half, half64, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(grad_z.double(), want_z, rtol=1e-4, atol=1e-7)
+    finally:
+        extension.set_isa("")
+
+
 def test_bits_do_not_depend_on_threads():
     cost = torch.rand(2, 520, 512, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
