@@ -59,9 +59,7 @@ def test_unrolled_equals_autograd_through_the_loop(backend, order, denominator):
         grads = torch.autograd.grad(value.sum() + (plan * weight).sum(), args)
         own = [t.detach().double().requires_grad_() for t in args]
         expected, expected_plan = loop(*own, 0.2, iterations, order, denominator)
-        wanted = torch.autograd.grad(
-            expected.sum() + (expected_plan * weight.double()).sum(), own
-        )
+        wanted = torch.autograd.grad(expected.sum() + (expected_plan * weight.double()).sum(), own)
         bound = 1e-9 if precise(backend) == torch.float64 else 2e-5
         torch.testing.assert_close(value.double(), expected, rtol=bound, atol=bound)
         torch.testing.assert_close(plan.double(), expected_plan, rtol=bound, atol=bound)
@@ -285,7 +283,9 @@ def test_shared_cost_and_empty_batches(backend):
     assert kd.sinkhorn(cost[:0].detach(), epsilon=0.1).shape == (0,)
 
 
-@pytest.mark.parametrize("order", (("ascending",), ("descending",), ("shuffle", 7), ("warp_ahead",)))
+@pytest.mark.parametrize(
+    "order", (("ascending",), ("descending",), ("shuffle", 7), ("warp_ahead",))
+)
 def test_simt_schedules_agree(order):
     reason = next(r for r in kd.backends() if (r.family, r.backend) == ("transport", "simt"))
     if not reason.available:
