@@ -233,7 +233,7 @@ def sinkhorn_bwd(
 
 class _Solve(torch.autograd.Function):
     """Identity on the potentials at a fixed point x = F(x); backward sums the Neumann series
-    w + F'w + F'F'w + ... by least squares, because the balanced system is singular along (1, -1)."""
+    w + F'w + F'F'w + ... by least squares: the balanced system is singular along (1, -1)."""
 
     @staticmethod
     def forward(ctx, x, jacobian):
@@ -316,7 +316,7 @@ def sorted_transport(
     """Fill value, slopes and the gradient (csrc/transport/transport.h)."""
     with torch.no_grad():
         p, sp, order, keep = _side(student, student_temperature, student_scale, student_excluded)
-        q, sq, _, _ = _side(teacher, teacher_temperature, teacher_scale, teacher_excluded)
+        _, sq, _, _ = _side(teacher, teacher_temperature, teacher_scale, teacher_excluded)
         width = max(sp.shape[1], sq.shape[1])
         sp = torch.nn.functional.pad(sp, (0, width - sp.shape[1]))
         sq = torch.nn.functional.pad(sq, (0, width - sq.shape[1]))

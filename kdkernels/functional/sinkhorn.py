@@ -38,8 +38,8 @@ def sinkhorn(
 ):
     """Entropic optimal transport between two histograms (Cuturi 2013), in the log domain.
 
-    With K = exp(-cost / epsilon) and scalings that start at one (zero where a marginal is zero), one
-    iteration is u = a / (K v), v = b / (K' u); the plan is P = diag(u) K diag(v) =
+    With K = exp(-cost / epsilon) and scalings that start at one (zero where a marginal is zero),
+    one iteration is u = a / (K v), v = b / (K' u); the plan is P = diag(u) K diag(v) =
     a b exp((f + g - cost) / epsilon). Nothing overflows or underflows, whatever epsilon is.
 
     Args:

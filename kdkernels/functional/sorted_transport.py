@@ -50,8 +50,8 @@ def sorted_transport(
         num_items: Divisor in place of the mean's count.
 
     Returns:
-        float32 (float64), a scalar or the leading shape. The gradient where probabilities tie is the
-        mean of the signs the tied entries share.
+        float32 (float64), a scalar or the leading shape. Where probabilities tie, the gradient
+        takes the mean of the signs the tied entries share.
     """
     check_floats(student, "student")
     check_floats(teacher, "teacher")

@@ -87,9 +87,7 @@ def _log_ratio(x, y):
 
 
 @triton.jit
-def _entry(
-    z, a, r_s, r_t, inv_s, inv_t, log_s, log_t, log_ratio, k_s, k_t, HAS_TEACHER: tl.constexpr
-):
+def _entry(z, a, r_s, r_t, inv_s, inv_t, log_s, log_t, log_ratio, k_s, k_t, HAS_TEACHER: tl.constexpr):
     """(p, q, d, lp, lq) of a block. r: reference logits; k = 1 / tau; inv, log: of the sums."""
     dead_s = z == -INFINITY
     x = tl.where(dead_s, 0.0, z - r_s)
@@ -117,9 +115,7 @@ def _fill(row_pointer, width, number, BLOCK: tl.constexpr):
     block = tl.zeros((BLOCK,), tl.float32) + number
     for start in range(0, width, BLOCK):
         columns = start + lanes
-        tl.store(
-            row_pointer + columns, block.to(row_pointer.dtype.element_ty), mask=columns < width
-        )
+        tl.store(row_pointer + columns, block.to(row_pointer.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
@@ -165,23 +161,10 @@ def _gradients(
                 a = _load(teacher, columns, valid_t)
             else:
                 a = z
-            p, q, d, lp, lq = _entry(
-                z,
-                a,
-                r_s,
-                r_t,
-                1.0 / one_s,
-                1.0 / one_t,
-                log_s,
-                log_t,
-                log_ratio,
-                k_s,
-                k_t,
-                teacher is not None,
-            )
-            _, s, t, _, _ = terms(
-                p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H, KIND, DETACH
-            )
+            p, q, d, lp, lq = _entry(z, a, r_s, r_t, 1.0 / one_s, 1.0 / one_t, log_s, log_t,
+                                     log_ratio, k_s, k_t, teacher is not None)
+            _, s, t, _, _ = terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H,
+                                  KIND, DETACH)
             dead = z == -INFINITY
             slant = tl.where(dead, 0.0, (s - q * centre_s) * (slope * k_s))
             slant = tl.where(flows_s, slant, 0.0)
@@ -193,11 +176,8 @@ def _gradients(
                     soft = tl.exp2((tl.where(dead, -INFINITY, z) - lse) * LOG2E)
                     soft = tl.where(columns == hit, soft - 1.0, soft)
                     slant += tl.where(dead, 0.0, label_weight * soft)
-                tl.store(
-                    grad_student + columns,
-                    (g * slant).to(grad_student.dtype.element_ty),
-                    mask=columns < widths_s,
-                )
+                tl.store(grad_student + columns,
+                         (g * slant).to(grad_student.dtype.element_ty), mask=columns < widths_s)
             if teacher is not None:
                 dead = a == -INFINITY
                 slant = tl.where(dead, 0.0, (t - p * centre_t) * (slope * k_t))
@@ -205,11 +185,8 @@ def _gradients(
                 if grad_tau is not None:
                     moment_t += slant * tl.where(dead, 0.0, a - r_t)
                 if grad_teacher is not None:
-                    tl.store(
-                        grad_teacher + columns,
-                        (g * slant).to(grad_teacher.dtype.element_ty),
-                        mask=columns < widths_t,
-                    )
+                    tl.store(grad_teacher + columns,
+                             (g * slant).to(grad_teacher.dtype.element_ty), mask=columns < widths_t)
         if grad_tau is not None:
             by_s = -k_s * tl.sum(moment_s, 0)
             if SQUARED:
@@ -380,23 +357,10 @@ def _selected_row(
                 a = _load(teacher, columns, valid_t)
             else:
                 a = z
-            p, q, d, lp, lq = _entry(
-                z,
-                a,
-                r_s,
-                r_t,
-                1.0 / one_s,
-                1.0 / one_t,
-                log_s,
-                log_t,
-                log_ratio,
-                k_s,
-                k_t,
-                HAS_TEACHER,
-            )
-            v, s, t, cs, ct = terms(
-                p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H, KIND, DETACH
-            )
+            p, q, d, lp, lq = _entry(z, a, r_s, r_t, 1.0 / one_s, 1.0 / one_t, log_s, log_t,
+                                     log_ratio, k_s, k_t, HAS_TEACHER)
+            v, s, t, cs, ct = terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H,
+                                    KIND, DETACH)
             sum_value += v
             # Impossible entries have no gradient, so they are not in the centres.
             sum_cs += tl.where(z == -INFINITY, 0.0, cs)
@@ -556,13 +520,8 @@ def _valid(columns: float, width: int) -> int:
     return int(columns) if 0 < columns < width else width
 
 
-def _arguments(
-    student: Tensor,
-    teacher: Tensor | None,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
-    spec: DivergenceSpec,
-) -> tuple[tuple, dict]:
+def _arguments(student: Tensor, teacher: Tensor | None, grad_student: Tensor | None,
+               grad_teacher: Tensor | None, spec: DivergenceSpec) -> tuple[tuple, dict]:
     """What both kernels take after their pointers: numbers, and compile-time options."""
     width_s = student.shape[1]
     width_t = 0 if teacher is None else teacher.shape[1]
@@ -585,24 +544,9 @@ def _arguments(
     return numbers, options
 
 
-def divergence_fwd(
-    student,
-    teacher,
-    labels,
-    mask,
-    weight,
-    student_temperature,
-    teacher_temperature,
-    first,
-    second,
-    num_items,
-    value,
-    stats,
-    grad_student,
-    grad_teacher,
-    grad_temperature,
-    spec,
-) -> None:
+def divergence_fwd(student, teacher, labels, mask, weight, student_temperature,
+                   teacher_temperature, first, second, num_items, value, stats, grad_student,
+                   grad_teacher, grad_temperature, spec) -> None:
     """Forward of csrc/divergence/divergence.h."""
     spec = DivergenceSpec(*spec)
     _check("student", student)
@@ -621,43 +565,18 @@ def divergence_fwd(
     if student.shape[0] > 0:
         with _device(student):
             _forward_kernel[(student.shape[0],)](
-                student,
-                teacher,
-                labels,
-                selected.view(torch.uint8),
-                student_temperature,
-                teacher_temperature,
-                first,
-                second,
-                stats,
-                grad_student,
-                grad_teacher,
-                grad_temperature,
-                *numbers,
-                OUTER=int(spec.outer),
-                **options,
+                student, teacher, labels, selected.view(torch.uint8), student_temperature,
+                teacher_temperature, first, second, stats, grad_student, grad_teacher,
+                grad_temperature, *numbers, OUTER=int(spec.outer), **options,
             )
     rows = stats[:, S.VALUE].double()
     weighted = torch.where(factor == 0, 0.0, rows * factor)
     value.copy_(weighted if spec.reduction == S.NONE else weighted.sum())
 
 
-def divergence_bwd(
-    student,
-    teacher,
-    labels,
-    mask,
-    student_temperature,
-    teacher_temperature,
-    first,
-    second,
-    stats,
-    upstream,
-    grad_student,
-    grad_teacher,
-    grad_temperature,
-    spec,
-) -> None:
+def divergence_bwd(student, teacher, labels, mask, student_temperature, teacher_temperature, first,
+                   second, stats, upstream, grad_student, grad_teacher, grad_temperature,
+                   spec) -> None:
     """Backward of csrc/divergence/divergence.h, from the logits and the statistics."""
     spec = DivergenceSpec(*spec)
     _check("student", student)
@@ -669,20 +588,8 @@ def divergence_bwd(
     if student.shape[0] > 0:
         with _device(student):
             _backward_kernel[(student.shape[0],)](
-                student,
-                teacher,
-                labels,
-                student_temperature,
-                teacher_temperature,
-                first,
-                second,
-                stats,
-                factors,
-                grad_student,
-                grad_teacher,
-                grad_temperature,
-                *numbers,
-                **options,
+                student, teacher, labels, student_temperature, teacher_temperature, first, second,
+                stats, factors, grad_student, grad_teacher, grad_temperature, *numbers, **options,
             )
 
 
@@ -700,6 +607,5 @@ def scale(tensor: Tensor, factor: Tensor) -> None:
     block = _block(width)
     blocks = triton.cdiv(width, block)
     with _device(tensor):
-        _scale_kernel[(rows * blocks,)](
-            tensor, factor.contiguous(), stride, width, blocks, BLOCK=block
-        )
+        _scale_kernel[(rows * blocks,)](tensor, factor.contiguous(), stride, width, blocks,
+                                        BLOCK=block)

@@ -109,9 +109,8 @@ def kl_generator(p, difference, d):
 
 
 @triton.jit
-def linear_terms(
-    p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr
-):
+def linear_terms(p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
+                 H: tl.constexpr):
     """f forward KL + r reverse KL + x cross entropy + h entropy; F, R, X, H: which are there.
 
     Also the summands of S and T, in which sum(q - p) = 0 is used instead of summed: over possible
@@ -194,11 +193,8 @@ def mixture_terms(p, q, d, first, KIND: tl.constexpr, DETACH: tl.constexpr):
         student -= v * rq * slant
     teacher = tl.where(A > 0, A * zero_times(p, xp), 0.0) - w * rp * slant
     exists = tl.maximum(p, q) > 0
-    return (
-        tl.where(exists, value, 0.0),
-        tl.where(exists, student, 0.0),
-        tl.where(exists, teacher, 0.0),
-    )
+    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
+            tl.where(exists, teacher, 0.0))
 
 
 @triton.jit
@@ -233,11 +229,8 @@ def probability_terms(p, q, d, lp, lq, KIND: tl.constexpr):
         student = -scaled * signed * (2.0 + t)
         teacher = 2.0 * signed * tl.where(above, scaled, p)
     exists = base > 0
-    return (
-        tl.where(exists, value, 0.0),
-        tl.where(exists, student, 0.0),
-        tl.where(exists, teacher, 0.0),
-    )
+    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
+            tl.where(exists, teacher, 0.0))
 
 
 @triton.jit
@@ -284,38 +277,16 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
     value = tl.where(origin, 0.5 * d * d, value)
     student = tl.where(origin, -d, student)
     teacher = tl.where(origin, d, teacher)
-    return (
-        tl.where(exists, value, 0.0),
-        tl.where(exists, student, 0.0),
-        tl.where(exists, teacher, 0.0),
-    )
+    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
+            tl.where(exists, teacher, 0.0))
 
 
 @triton.jit
-def terms(
-    p,
-    q,
-    d,
-    lp,
-    lq,
-    f,
-    r,
-    x,
-    h,
-    other,
-    first,
-    second,
-    F: tl.constexpr,
-    R: tl.constexpr,
-    X: tl.constexpr,
-    H: tl.constexpr,
-    KIND: tl.constexpr,
-    DETACH: tl.constexpr,
-):
+def terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F: tl.constexpr, R: tl.constexpr,
+          X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr):
     """(value, student, teacher, summand of S, summand of T) of the linear group plus one kind."""
     value, student, teacher, centre_s, centre_t = linear_terms(
-        p, q, d, lp, lq, f, r, x, h, F, R, X, H
-    )
+        p, q, d, lp, lq, f, r, x, h, F, R, X, H)
     if KIND != NO_KIND:
         if KIND <= SKEW_REVERSE:
             v, s, t = mixture_terms(p, q, d, first, KIND, DETACH)
@@ -332,9 +303,8 @@ def terms(
 
 
 @triton.jit
-def stopped_and_flowing(
-    no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, KIND: tl.constexpr
-):
+def stopped_and_flowing(no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr,
+                        X: tl.constexpr, KIND: tl.constexpr):
     """Rows whose value is infinite: (with gradient 0, with the gradient of their finite part).
 
     no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
