@@ -283,6 +283,38 @@ def test_shared_cost_and_empty_batches(backend):
     assert kd.sinkhorn(cost[:0].detach(), epsilon=0.1).shape == (0,)
 
 
+@pytest.mark.parametrize("order", ("rows", "columns"))
+@pytest.mark.parametrize("reach", (None, 0.6))
+@pytest.mark.parametrize("denominator", (0.0, 1e-2))
+def test_many_marginals_over_one_cost(order, reach, denominator, monkeypatch):
+    """The GEMM form against the log-domain kernels, values and all gradients."""
+    from kdkernels.ops import shared_cost
+
+    cost, a, b = problem(9, 6, 8, seed=6)
+    shared = cost[0].detach().clone().requires_grad_()
+    options = {"epsilon": 0.1, "iterations": 4, "order": order, "reach": reach,
+               "denominator": denominator}  # fmt: skip
+    upstream = torch.linspace(0.5, 1.5, 9, dtype=torch.float64)
+    calls = []
+    apply = shared_cost.SharedSinkhorn.apply
+    monkeypatch.setattr(
+        shared_cost.SharedSinkhorn, "apply", lambda *args: calls.append(1) or apply(*args)
+    )
+    value = kd.sinkhorn(shared, a, b, **options)
+    grads = torch.autograd.grad(value, (shared, a, b), upstream)
+    assert calls
+    with kd.use_backend("cpu"):
+        expected = kd.sinkhorn(shared, a, b, **options)
+        wanted = torch.autograd.grad(expected, (shared, a, b), upstream)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-10)
+    # Too small an epsilon for the exponential domain goes to the kernels.
+    calls.clear()
+    assert kd.sinkhorn(shared, a, b, epsilon=1e-4, iterations=4).isfinite().all()
+    assert not calls
+
+
 @pytest.mark.parametrize(
     "order", (("ascending",), ("descending",), ("shuffle", 7), ("warp_ahead",))
 )

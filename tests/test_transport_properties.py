@@ -79,7 +79,12 @@ def test_at_convergence_the_regularized_value_is_the_dual(seed, rows, columns):
 
 
 @few
-@given(seeds, st.integers(1, 300), st.integers(1, 300), st.sampled_from((torch.float32, torch.bfloat16)))  # fmt: skip
+@given(
+    seeds,
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from((torch.float32, torch.bfloat16)),
+)
 def test_sorted_transport_is_a_distance_of_value_laws(seed, width, other, dtype):
     generator = torch.Generator().manual_seed(seed)
     z = (torch.randn(3, width, generator=generator) * 3).to(dtype)

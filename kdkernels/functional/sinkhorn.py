@@ -10,12 +10,15 @@ from torch import Tensor
 
 from ..backends.registry import settings
 from ..backends.transport_spec import GRADIENTS, SinkhornSpec
+from ..ops import shared_cost
 from ..ops import transport as ops
 from .checks import check_floats, check_number
 from .ground_cost import ground_cost
 
 _VALUES = ("sharp", "regularized", "dual")
 _ORDERS = ("rows", "columns")
+# Problems over one cost from which on GEMMs beat the log-domain sweeps of each.
+_GEMM_BATCH = 8
 
 
 def sinkhorn(
@@ -137,6 +140,10 @@ def sinkhorn(
         t is not None and t.requires_grad for t in (dense, a, b)
     )
     problem = (dense, a, b, student_lengths, teacher_lengths)
+    if _gemm_serves(cost, batch, spec, value, gradient, return_plan or return_potentials, problem):
+        a = _uniform(batch, rows, None, dense) if a is None else a
+        b = _uniform(batch, columns, None, dense) if b is None else b
+        return shared_cost.SharedSinkhorn.apply(cost.to(dtype), a, b, spec)
     by_envelope = value != "sharp" and gradient != "unrolled"
     if by_envelope:
         out, solution = _envelope_value(problem, spec, value, (reach_a, reach_b), return_plan)
@@ -414,6 +421,25 @@ def _value(value, problem, solution: ops.Solution, epsilon: float, reach_a, reac
     if reach_a is not None or reach_b is not None:
         out = out + epsilon * (masses - solution.rows.sum(-1))
     return out
+
+
+def _gemm_serves(cost, batch, spec, value, gradient, more, problem) -> bool:
+    """Whether all problems share a cost that GEMMs may iterate on: looked at, so eager on CPU."""
+    _, _, _, student_lengths, teacher_lengths = problem
+    return (
+        cost.dim() == 2
+        and batch >= _GEMM_BATCH
+        and value == "sharp"
+        and gradient == "unrolled"
+        and not more
+        and spec.tolerance == 0.0
+        and student_lengths is None
+        and teacher_lengths is None
+        and cost.device.type == "cpu"
+        and _may_look(cost)
+        and settings().backend is None
+        and shared_cost.fits(cost.to(problem[0].dtype), spec)
+    )
 
 
 def _envelope_value(problem, spec: SinkhornSpec, value: str, reach, want_plan: bool):
