@@ -14,7 +14,7 @@ from kdkernels.backends.spec import DivergenceSpec
 pytestmark = pytest.mark.skipif(bool(simt.why_not()), reason=simt.why_not() or "built")
 
 NAN, INF = float("nan"), float("inf")
-ORDERS = (("ascending", 0), ("descending", 0), ("shuffled", 1), ("warp_ahead", 2))
+ORDERS = (("ascending", 0), ("descending", 0), ("shuffle", 1), ("warp_ahead", 2))
 
 # One of each variant of the row kernel, and the kinds whose formulas differ inside it.
 KINDS = {
@@ -162,6 +162,19 @@ def test_relative_error_at_every_gap(name, gap):
     assert (got >= 0).all()
 
 
+@pytest.mark.parametrize("top", [10.0, 25.0, 60.0])
+@pytest.mark.parametrize("name", [*KL_TYPE, "total_variation"])
+def test_rows_on_one_entry(name, top):
+    """Values of 1e-3 to 1e-20: all of them lies in the small probabilities."""
+    z, a = rows(8, 500, gap=0.1, std=2.0)
+    z[:, 17], a[:, 17] = z[:, 17] + top, a[:, 17] + top
+    options = {**KINDS[name], "reduction": S.NONE}
+    got = forward(simt, z, a, **options)[0].double()
+    want = oracle(z, a, **options)[0]
+    # Below 1e-12 the reference's own float64 shows.
+    assert ((got - want).abs() <= 1e-5 * want + 1e-18).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", [n for n in KINDS if n not in ("cross_entropy", "entropy", "linear")])
 def test_equal_rows_give_exactly_zero(name, dtype):
@@ -200,8 +213,7 @@ def test_shifted_rows(name, shift):
     z, a = rows(4, 400)
     a = (a + shift).float()
     options = {**KINDS[name], "reduction": S.NONE}
-    # Without fused multiply-add the emulator rounds a x scale, 1443 here, once more.
-    compare(forward(simt, z, a, **options), oracle(z, a, **options), value=3e-4, gradient=3e-4)
+    compare(forward(simt, z, a, **options), oracle(z, a, **options))
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -344,7 +356,8 @@ def test_tiny_vocabularies(v):
             assert got[0].abs().max() <= 1e-6
             assert (got[2].abs() <= 1e-6).all() and (got[3].abs() <= 1e-6).all()
         else:
-            compare(got, want)
+            # Hellinger divides by a root: 1e-3 here, which multiplies what is lost in p and q.
+            compare(got, want, gradient=2e-4 if v == 2 else 2e-5)
 
 
 def test_no_rows():

@@ -170,10 +170,8 @@ void infinite_kinds(const RowKind<S>& c, DivergenceGroup group, bool no_q, bool 
 template <class TS, class S>
 LabelTerm<S> label_term(const Side<TS>& z, int64_t index, double natural_lse, double coefficient) {
   LabelTerm<S> label;
-  // An impossible label makes the value infinite and has no gradient.
-  const double logit = to_float(z.logits[index]);
-  if (coefficient == 0 || !(logit > -__builtin_inf())) return label;
-  label.index = index;
+  label.active = coefficient != 0;
+  if (to_float(z.logits[index]) > -__builtin_inff()) label.index = index;
   label.coefficient = static_cast<S>(coefficient);
   label.max = static_cast<S>(natural_lse * kLog2e);
   label.lse = static_cast<S>(natural_lse * kLog2e - static_cast<double>(label.max));
@@ -254,7 +252,6 @@ void forward_row(const DivergenceRows& c, int64_t index) {
     const double kl = kLn2 * (sums.gap / sum_t - r.n.gap);
     const double cross = -kLn2 * (sums.cross / sum_t - __builtin_log2(sum_s));
     total = f * kl + e * cross;
-    centre_s = (f + e) * (1 - sums.reachable / sum_t);
     centre_t = total;
     if (f != 0 && kl < kExactBelow && !flowing && !impossible) total = r.exact();
   } else {
@@ -328,19 +325,21 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   double cx, cy;
   if (forward_only) {  // x = 2^u, y = 2^v
     const double both = by_student * (r.n.kind.forward_kl + r.n.kind.cross_entropy);
-    cx = both / sum_s * (sums.reachable / sum_t);
+    cx = both / sum_s;
     cy = -both / sum_t;
   } else {  // x = q, y = s
     cx = -by_student * centre_s;
     cy = by_student;
   }
-  if (label.index >= 0) {
-    // The one-hot part, put into scratch: coefficient 1 where the vocabulary's pass multiplies by cy.
-    if (r.n.tau_s == S(1)) {
-      cx += double(label.coefficient) * (forward_only ? 1 / sum_s : 1);
+  if (label.active) {
+    // The one-hot part goes into scratch, divided by what the pass over it multiplies with.
+    if (label.index >= 0 && cy != 0) {
+      y[label.index] -= static_cast<S>(double(label.coefficient) / cy);
     }
-    if (cy != 0) y[label.index] -= static_cast<S>(double(label.coefficient) / cy);
-    if (r.n.tau_s == S(1)) label.index = -1;
+    if (r.n.tau_s == S(1)) {  // its softmax is q
+      cx += double(label.coefficient) * (forward_only ? 1 / sum_s : 1);
+      label.active = false;
+    }
   }
   gradient_from_scratch(x, y, static_cast<S>(cx), static_cast<S>(cy), r.z, label, r.grad_s,
                         c.fresh_gradient);

@@ -38,7 +38,7 @@ struct RowTerms {
 
 template <class V, class S>
 KD_LANES void add_linear(V lp, V lq, const RowKind<S>& c, Fast<V>* f) {
-  const V zero = V::zero(), ln2(kLn2);
+  const V ln2(kLn2);
   const V d = (lp - lq) * ln2;
   const V pq = f->q - f->p;
   const V qd = f->q * d, pd = f->p * d;
@@ -51,8 +51,6 @@ KD_LANES void add_linear(V lp, V lq, const RowKind<S>& c, Fast<V>* f) {
     f->student -= V(c.entropy) * qlq;
     f->teacher -= V(c.cross_entropy) * plq;
   }
-  // An impossible student logit has no gradient; without this it would have that of its p.
-  f->student = select(lq <= V(S(0.5) * S(kDead)), zero, f->student);
 }
 
 struct LinearForm {
@@ -180,8 +178,7 @@ struct MathForm {
     RowKind<S> alone = c;  // the linear group is added by the caller
     alone.forward_kl = alone.reverse_kl = alone.cross_entropy = alone.entropy = S(0);
     const Terms<V> t = kd::terms<G>(entry, alone);
-    const auto dead = lq <= V(S(0.5) * S(kDead));
-    return {entry.p, entry.q, t.value, V::zero(), select(dead, V::zero(), t.student), t.teacher};
+    return {entry.p, entry.q, t.value, V::zero(), t.student, t.teacher};
   }
 };
 
@@ -190,7 +187,7 @@ enum class Output { kNone, kStudent, kBoth };
 // x = u and y = v of n entries (whole vectors) become x = q and y = s; p and t likewise if wanted.
 template <class Form, Output Out, class V, class S>
 RowTerms transform(S* x, S* y, S* p, S* t, int64_t n, const RowNumbers<S>& row) {
-  const V lse_s(row.lse_s), lse_t(row.lse_t);
+  const V lse_s(row.lse_s), lse_t(row.lse_t), dead(S(0.5) * S(kDead));
   RowTerms total;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
@@ -205,7 +202,8 @@ RowTerms transform(S* x, S* y, S* p, S* t, int64_t n, const RowNumbers<S>& row) 
       teacher += f.teacher;
       if constexpr (Out != Output::kNone) {
         store(x + i, f.q);
-        store(y + i, f.student);
+        // An impossible logit has no gradient, although its p counts in S.
+        store(y + i, select(lq <= dead, V::zero(), f.student));
       }
       if constexpr (Out == Output::kBoth) {
         store(p + i, f.p);

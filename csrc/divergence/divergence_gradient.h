@@ -97,7 +97,8 @@ void fill_row(T* out, int64_t begin, int64_t end, compute_t<T> number) {
 // Cross entropy with the label at tau = 1, beside the divergence.
 template <class S>
 struct LabelTerm {
-  int64_t index = -1;  // -1: no gradient
+  bool active = false;
+  int64_t index = -1;  // of the one-hot; -1: its logit is impossible, which has no gradient
   S coefficient = 0;   // label_weight * factor
   S max = 0;           // z log2(e) - max, then minus lse: base-2 log-probability
   S lse = 0;
@@ -132,7 +133,7 @@ void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers
     for (int64_t i = 0; i < n; i += V::kLanes) {
       store(x + i, scaled_logits<V>(z, begin + i));
       store(y + i, scaled_logits<V>(a, begin + i));
-      if (label.index >= 0) {
+      if (label.active) {
         const V logit = load_logits<V>(z.logits + begin + i, z.columns - begin - i);
         const V power = max(V(kDead), fms(logit, V(kLog2E), V(label.max))) - V(label.lse);
         store(soft + i, cl * exp2(power));
@@ -154,7 +155,7 @@ void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers
           along_t = fma(gt, scaled_logits<V>(a, begin + i), along_t);
         }
       }
-      if (label.index >= 0) gs += V::load(soft + i);
+      if (label.active) gs += V::load(soft + i);
       store(y + i, gs);
     }
     sum_s += reduce_add_double(along_s);
@@ -180,7 +181,7 @@ void gradient_from_scratch(const S* x, const S* y, S cx, S cy, const Side<T>& z,
                            const LabelTerm<S>& label, T* out, bool around_cache) {
   using V = Lanes<T>;
   const V vx(cx), vy(cy);
-  if (label.index < 0) {
+  if (!label.active) {
     write_row<V>(out, z.columns, around_cache,
                  [&](int64_t i) { return fma(V::load(y + i), vy, V::load(x + i) * vx); });
     return;

@@ -191,7 +191,8 @@ KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c
   const F half(0.5), two(2), zero(0);
   Terms<F> out;
   // chi-squared divides by q: the base itself when q >= p, else base (1 + t).
-  const F chi_scale = select(above, F(1) / ratio, F(1));
+  // The exponential again, for 1 + t has few bits left where d is large.
+  const F chi_scale = select(above, exp(distance), F(1));
   out.value = base * (half * tv * abs(t) + half * h * u * u + tri * abs(t * r)) +
               select(chi != zero, chi * base * t * t * chi_scale, zero);
   const F sign = select(e.d > zero, F(-1), select(e.d < zero, F(1), zero));  // of q - p

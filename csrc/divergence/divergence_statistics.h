@@ -42,7 +42,6 @@ struct RowSums {
   double sum_s = 0, sum_t = 0;  // of 2^u and 2^v
   double gap = 0;               // of 2^v (v - u)
   double cross = 0;             // of 2^v u
-  double reachable = 0;         // of 2^v where the student's logit is not -inf
   bool no_q = false, no_p = false;                  // q = 0 < p, p = 0 < q somewhere
   bool is_nan = false;
 };
@@ -148,7 +147,7 @@ template <Keep K, class TS, class TT, class V, class S>
 bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
                    RowSums<S>* row) {
   const V dead(kDead), underflow(kUnderflow), zero = V::zero();
-  V sum_s = zero, sum_t = zero, gap = zero, cross = zero, reachable = zero;
+  V sum_s = zero, sum_t = zero, gap = zero, cross = zero;
   auto no_q = V::Mask::first(0), no_p = no_q, broken = no_q;
   for (int64_t i = begin; i < end; i += V::kLanes) {
     const V u = scaled_logits<V>(z, i), v = scaled_logits<V>(a, i);
@@ -161,11 +160,9 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
     broken = broken | is_nan(u) | is_nan(v);
     no_q = no_q | (impossible_q & (v > underflow));
     no_p = no_p | (impossible_p & (u > underflow));
-    const V kept = select(impossible_q, zero, ev);
-    reachable += kept;
     if constexpr (K == Keep::kExponentials) {
       store(x + i, eu);
-      store(y + i, kept);  // the gradient of an impossible logit is 0
+      store(y + i, select(impossible_q, zero, ev));  // the gradient of an impossible logit is 0
     } else if constexpr (K == Keep::kLogits) {
       store(x + i, u);
       store(y + i, v);
@@ -180,7 +177,6 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
   row->sum_t += reduce_add_double(sum_t);
   row->gap += reduce_add_double(gap);
   row->cross += reduce_add_double(cross);
-  row->reachable += reduce_add_double(reachable) - reduce_add_double(sum_t);
   return true;
 }
 
@@ -222,7 +218,6 @@ RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
     }
     if (good || row.is_nan || exact) {
       row.is_nan |= !good;
-      row.reachable += row.sum_t;
       return row;
     }
   }
