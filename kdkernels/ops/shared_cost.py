@@ -78,7 +78,7 @@ class SharedSinkhorn(torch.autograd.Function):
                 grad_a += alpha
                 left.append(z)
                 right.append(v)
-                beta = beta - sigma * (z @ kernel)
+                beta = (beta if t == len(history) - 1 else 0.0) - sigma * (z @ kernel)
             grad_b += beta
             w = spec.damping_b * b * beta / divisor_b
             if spec.columns_first:  # v_t came from u_(t-1)
