@@ -129,6 +129,17 @@ def test_ties_share_the_mean_of_their_signs(backend):
     assert value.item() == pytest.approx(0.2, abs=1e-6)
     assert float(grad[0, :2].abs().max()) < 0.2 + 1e-6
     assert grad[0, 0].item() == pytest.approx(grad[0, 1].item(), abs=1e-7)
+    # Three tied entries with signs -, +, + share 1/3.
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.tensor([[0.3, 0.1, 0.3, 0.3]], dtype=torch.float64, device=backend.device)
+        q = torch.tensor([[0.2, 0.4, 0.15, 0.25]], dtype=torch.float64, device=backend.device)
+        z = p.log().to(dtype).requires_grad_()
+        (grad,) = torch.autograd.grad(kd.sorted_transport(z, q.log().to(dtype)), z)
+        p = z.detach().double().softmax(-1)
+        sign = torch.tensor([[1 / 3, -1.0, 1 / 3, 1 / 3]], dtype=torch.float64).to(p)
+        want = p * (sign - (sign * p).sum(-1, keepdim=True))
+        bound = 1e-6 if dtype == torch.float32 else 2.0**-8
+        torch.testing.assert_close(grad.double(), want, rtol=bound, atol=1e-7)
     equal = torch.zeros(2, 50, device=backend.device, requires_grad=True)
     (grad,) = torch.autograd.grad(kd.sorted_transport(equal, equal.detach()), equal)
     assert torch.equal(grad, torch.zeros_like(grad))
