@@ -14,7 +14,7 @@ namespace {
 // ---- kernels: one block a problem ---------------------------------------------------------------
 
 template <class T, int kCols>
-__global__ void __launch_bounds__(32 * kWarps) sinkhorn_fwd_block_kernel(SinkhornData<T> data) {
+__global__ void __launch_bounds__(32 * kWarps, 1) sinkhorn_fwd_block_kernel(SinkhornData<T> data) {
   KD_DYN_SHARED(T, slices);
   const DeviceProblem<T> p(data, blockIdx.x);
   int done = 0;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(32 * kWarps) sinkhorn_fwd_block_kernel(Sinkhor
 }
 
 template <class T, int kCols>
-__global__ void __launch_bounds__(32 * kWarps) sinkhorn_bwd_block_kernel(SinkhornData<T> data) {
+__global__ void __launch_bounds__(32 * kWarps, 1) sinkhorn_bwd_block_kernel(SinkhornData<T> data) {
   KD_DYN_SHARED(T, slices);
   const DeviceProblem<T> p(data, blockIdx.x);
   const int done = static_cast<int>(data.done[blockIdx.x]);
@@ -103,7 +103,7 @@ KD_DEVICE bool stopped(const DeviceProblem<T>& p, int t) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps) sinkhorn_start_kernel(SinkhornData<T> data) {
+__global__ void __launch_bounds__(32 * kWarps, 1) sinkhorn_start_kernel(SinkhornData<T> data) {
   const DeviceProblem<T> p(data, blockIdx.y);
   if (p.empty()) return;
   const int j = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * kWarps) sinkhorn_start_kernel(SinkhornDat
 
 // t = iterations: the last sweep.
 template <class T, int kCols>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 1)
     sinkhorn_fwd_rows_kernel(SinkhornData<T> data, int t) {
   KD_DYN_SHARED(T, slices);
   const DeviceProblem<T> p(data, blockIdx.y);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 1)
     sinkhorn_fwd_columns_kernel(SinkhornData<T> data, int t) {
   const DeviceProblem<T> p(data, blockIdx.y);
   if (p.empty()) return;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps) sinkhorn_fwd_finish_kernel(SinkhornData<T> data) {
+__global__ void __launch_bounds__(32 * kWarps, 1) sinkhorn_fwd_finish_kernel(SinkhornData<T> data) {
   const DeviceProblem<T> p(data, blockIdx.x);
   const int done = p.empty() ? 0 : static_cast<int>(data.done[p.index]);
   __syncthreads();
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(32 * kWarps) sinkhorn_fwd_finish_kernel(Sinkho
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps) sinkhorn_clear_kernel(SinkhornData<T> data) {
+__global__ void __launch_bounds__(32 * kWarps, 1) sinkhorn_clear_kernel(SinkhornData<T> data) {
   const DeviceProblem<T> p(data, blockIdx.x);
   clear_backward(p, !p.empty() && data.done[blockIdx.x] > 0);
 }
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(32 * kWarps) sinkhorn_clear_kernel(SinkhornDat
 enum Launch : int { kLaunchStart, kLaunchStep, kLaunchApply };
 
 template <class T, int kCols>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 1)
     sinkhorn_bwd_rows_kernel(SinkhornData<T> data, int what, int at) {
   KD_DYN_SHARED(T, slices);
   const DeviceProblem<T> p(data, blockIdx.y);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 1)
     sinkhorn_bwd_columns_kernel(SinkhornData<T> data, int at) {
   const DeviceProblem<T> p(data, blockIdx.y);
   const int done = static_cast<int>(data.done[p.index]);

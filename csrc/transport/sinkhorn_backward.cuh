@@ -22,7 +22,11 @@ struct Density {
   const T* cost;
   const T* g;
   T k, f;
-  KD_DEVICE T operator()(int j) const { return exp2(fma(-k, cost[j], g[j]) + f); }
+  // Bounded for pairs without mass on either side, whose density means nothing: 0 x inf is NaN.
+  KD_DEVICE T operator()(int j) const {
+    const T x = fma(-k, cost[j], g[j]) + f;
+    return exp2(x > T(kMaxExponent) ? T(kMaxExponent) : x);
+  }
 };
 
 template <int kCols, class T>
@@ -110,7 +114,8 @@ KD_DEVICE T adjoint_column(const DeviceProblem<T>& p, const T* g, const T* g_bef
   if (fixed) p.w_sum[j] += w;
   T r = T(1), q = b;
   if (!fixed && g_before != nullptr) {
-    r = exp2(g_before[j] - g[j]);
+    const T x = g_before[j] - g[j];
+    r = exp2(x > T(kMaxExponent) ? T(kMaxExponent) : x);
     q = b * r;
   } else if (!fixed) {
     q = b == T(0) ? T(0) : exp2(-g[j]);

@@ -231,7 +231,10 @@ T backward_row(const BackwardSweep<T>& s, int64_t i, T* e) {
   for_lanes<V>(
       s.columns, KD_BODY {
         const V c = at.load(cost, T(0));
-        const V value = at.keep(exp2(fnma(V(s.k), c, at.load(s.g, T(0))) + V(f)), T(0));
+        // Bounded for pairs without mass on either side, whose density means nothing: 0 x inf is
+        // NaN.
+        const V x = min(V(T(kMaxExponent)), fnma(V(s.k), c, at.load(s.g, T(0))) + V(f));
+        const V value = at.keep(exp2(x), T(0));
         at.save(e, value);
         if (s.stage == Stage::kStep) {
           sum = fnma(value, at.load(s.w, T(0)), sum);
@@ -373,7 +376,7 @@ double adjoint_columns(const ColumnAdjoint<T>& c) {
         if (c.w_sum != nullptr) at.save(c.w_sum, at.load(c.w_sum, T(0)) + w);
         V r(T(1)), q = b;
         if (!c.fixed && c.g_before != nullptr) {
-          r = exp2(at.load(c.g_before, T(0)) - g);
+          r = exp2(min(V(T(kMaxExponent)), at.load(c.g_before, T(0)) - g));
           q = b * r;
         } else if (!c.fixed) {
           q = select(b == V::zero(), V::zero(), exp2(-g));

@@ -58,178 +58,180 @@ bool settle(SortedRow& row, F student_max, F student_sum, F teacher_max, F teach
 
 // ---- 16 bits: histograms -----------------------------------------------------------------------
 
-// Larger value, smaller key; NaN last.
-template <class T>
+// Larger value, smaller key; -0 right behind +0, positive NaN first, negative NaN last.
 KD_LANES uint32_t half_key(uint16_t bits) {
-  constexpr uint16_t kExponent = sizeof(T) == 2 && std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
-  if ((bits & 0x7fff) > kExponent) return 0xffff;
-  if (bits == 0x8000) bits = 0;
-  return bits & 0x8000 ? bits : static_cast<uint16_t>(~(bits | 0x8000));
+  return static_cast<uint16_t>(bits ^ (bits & 0x8000 ? 0 : 0x7fff));
 }
+constexpr uint32_t kPlusZero = 0x7fff, kMinusZero = 0x8000;
+
 template <class T>
-KD_LANES float from_half_key(uint32_t key) {
-  const uint16_t bits = static_cast<uint16_t>(key & 0x8000 ? key : ~key & 0x7fff);
+float from_half_key(uint32_t key) {
+  const uint16_t bits = static_cast<uint16_t>(key & 0x8000 ? key : key ^ 0x7fff);
   T value;
   memcpy(&value, &bits, 2);
   return to_float(value);
 }
 
-// The distinct values of a row, in descending order, with their counts.
+// The distinct values of a row in descending order: key, count, 2^((x - top) k).
 struct Runs {
-  uint32_t* keys;  // compacted in place of the counts' second half
+  uint32_t* keys;
+  uint32_t* counts;
+  float* e;
   int64_t size;
+  float top;
+  double sum;  // of count e
 };
 
-template <class T>
 void count_keys(const SortedSide& side, uint32_t* counts, bool excluded) {
-  const T* row = static_cast<const T*>(side.row);
+  const uint16_t* row = static_cast<const uint16_t*>(side.row);
   memset(counts, 0, kSortedBins * sizeof(uint32_t));
-  for (int64_t k = 0; k < side.columns; ++k) {
-    if (side.excluded != nullptr && (side.excluded[k] != 0) != excluded) continue;
-    uint16_t bits;
-    memcpy(&bits, row + k, 2);
-    ++counts[half_key<T>(bits)];
-  }
-}
-
-struct HalfSide {
-  float (*value)(uint32_t);
-  const uint32_t* counts;
-  float top = 0;
-  double sum = 0;
-};
-
-// sum count 2^((x - max) k) over the counts, from the largest value down.
-void add_counts(HalfSide& side, const uint32_t* counts, double k) {
-  for (int64_t key = 0; key < kSortedBins; ++key) {
-    if (counts[key] == 0) continue;
-    if (key == 0xffff) side.sum = quiet_nan<double>();
-    const float x = side.value(static_cast<uint32_t>(key));
-    if (side.top == -kInfinity && side.sum == 0) side.top = x;
-    if (x == -kInfinity) continue;
-    side.sum += counts[key] * kd::exp2((static_cast<double>(x) - side.top) * k);
-  }
-}
-
-int64_t next_key(const uint32_t* counts, int64_t key) {
-  while (key < kSortedBins) {
-    if ((key & 3) == 0 && key + 4 <= kSortedBins) {
-      uint64_t pair[2];
-      memcpy(pair, counts + key, sizeof(pair));
-      if ((pair[0] | pair[1]) == 0) {
-        key += 4;
-        continue;
-      }
+  if (side.excluded == nullptr) {
+    for (int64_t k = 0; k < side.columns; ++k) ++counts[half_key(row[k])];
+  } else {
+    for (int64_t k = 0; k < side.columns; ++k) {
+      counts[half_key(row[k])] += (side.excluded[k] != 0) == excluded;
     }
-    if (counts[key] != 0) return key;
-    ++key;
   }
-  return kSortedBins;
+  counts[kPlusZero] += counts[kMinusZero];
+  counts[kMinusZero] = 0;
 }
 
+// Collects the counts that are not zero; NaN makes the sum NaN.
 template <class T>
-void write_from_table(const SortedRow& row, const float* table, float excluded_slope, float k,
-                      float top, float factor) {
-  const SortedSide& side = row.student;
-  const T* z = static_cast<const T*>(side.row);
-  T* out = static_cast<T*>(row.gradient);
-  for (int64_t j = 0; j < side.columns; ++j) {
-    uint16_t bits;
-    memcpy(&bits, z + j, 2);
-    if (side.excluded != nullptr && side.excluded[j]) {
-      out[j] = cast<T>(factor * excluded_slope * kd::exp2((to_float(z[j]) - top) * k));
-    } else {
-      out[j] = cast<T>(table[half_key<T>(bits)]);
+void collect(const uint32_t* counts, double k, Runs& runs) {
+  constexpr int kStep = 16;
+  runs.size = 0;
+  for (int64_t key = 0; key < kSortedBins; key += kStep) {
+    uint64_t words[kStep / 2], any = 0;
+    memcpy(words, counts + key, sizeof(words));
+    for (uint64_t word : words) any |= word;
+    if (any == 0) continue;
+    for (int64_t one = key; one < key + kStep; ++one) {
+      if (counts[one] == 0) continue;
+      runs.keys[runs.size] = static_cast<uint32_t>(one);
+      runs.counts[runs.size] = counts[one];
+      runs.e[runs.size] = from_half_key<T>(static_cast<uint32_t>(one));
+      ++runs.size;
     }
   }
+  runs.sum = 0;
+  runs.top = runs.size > 0 ? runs.e[0] : static_cast<float>(-kInfinity);
+  // NaN keys lie at both ends.
+  if (runs.size > 0 && (kd::is_nan(runs.e[0]) || kd::is_nan(runs.e[runs.size - 1]))) {
+    runs.sum = quiet_nan<double>();
+    return;
+  }
+  const float reference = is_inf(runs.top) ? 0.0f : runs.top;
+  for (int64_t r = 0; r < runs.size; r += VecF::kLanes) {
+    const int64_t left = runs.size - r;
+    const VecF x = VecF::load_partial(runs.e + r, left < VecF::kLanes ? left : VecF::kLanes, 0.0f);
+    const VecF e = exp2((x - VecF(reference)) * VecF(static_cast<float>(k)));
+    store_partial(runs.e + r, e, left < VecF::kLanes ? left : VecF::kLanes);
+  }
+  for (int64_t r = 0; r < runs.size; ++r)
+    runs.sum += static_cast<double>(runs.e[r]) * runs.counts[r];
+}
+
+// The row's runs without the excluded entries, which still count in the normaliser.
+template <class T>
+void read_half(const SortedSide& side, uint32_t* counts, Runs& runs) {
+  const double k = kLog2E / side.temperature;
+  Runs out = runs;
+  out.sum = 0;
+  out.size = 0;
+  out.top = static_cast<float>(-kInfinity);
+  if (side.excluded != nullptr) {
+    count_keys(side, counts, true);
+    collect<T>(counts, k, out);
+  }
+  const float other_top = out.top;
+  const double other_sum = out.sum;
+  count_keys(side, counts, false);
+  collect<T>(counts, k, runs);
+  if (side.excluded == nullptr) return;
+  const float top = runs.top > other_top ? runs.top : other_top;
+  if (top == -kInfinity) return;
+  const auto moved = [&](float from) {
+    return from == -kInfinity ? 0.0 : kd::exp2((static_cast<double>(from) - top) * k);
+  };
+  const double factor = moved(runs.top);
+  for (int64_t r = 0; r < runs.size; ++r) runs.e[r] = static_cast<float>(runs.e[r] * factor);
+  runs.sum = runs.sum * factor + other_sum * moved(other_top);
+  runs.top = top;
 }
 
 void half(SortedRow& row) {
-  uint32_t* counts_s = reinterpret_cast<uint32_t*>(row.scratch);
-  uint32_t* counts_t = counts_s + kSortedBins;
-  float* table = reinterpret_cast<float*>(counts_t + kSortedBins);
-  const double ks = kLog2E / row.student.temperature, kt = kLog2E / row.teacher.temperature;
-  HalfSide s{}, t{};
-  const auto prepare = [&](const SortedSide& side, HalfSide& half, uint32_t* counts, double k) {
-    const bool b = side.dtype == DType::kBFloat16;
-    half.value = b ? &from_half_key<bf16> : &from_half_key<f16>;
-    half.top = static_cast<float>(-kInfinity);
-    const auto count = b ? &count_keys<bf16> : &count_keys<f16>;
-    half.counts = counts;
-    if (side.excluded != nullptr) {
-      // The excluded entries count in the normaliser; the largest of both sets is the reference.
-      HalfSide out = half;
-      count(side, counts, true);
-      add_counts(out, counts, k);
-      count(side, counts, false);
-      add_counts(half, counts, k);
-      const float top = half.top > out.top ? half.top : out.top;
-      const auto moved = [&](const HalfSide& one) {
-        return one.top == -kInfinity ? one.sum
-                                     : one.sum * kd::exp2((static_cast<double>(one.top) - top) * k);
-      };
-      half.sum = moved(half) + moved(out);
-      half.top = top;
-      return;
-    }
-    count(side, counts, false);
-    add_counts(half, counts, k);
+  uint32_t* memory = reinterpret_cast<uint32_t*>(row.scratch);
+  const auto take = [&] {
+    uint32_t* out = memory;
+    memory += kSortedBins;
+    return out;
   };
-  prepare(row.student, s, counts_s, ks);
-  prepare(row.teacher, t, counts_t, kt);
+  uint32_t* counts = take();
+  uint16_t* table = reinterpret_cast<uint16_t*>(take());
+  float* signs = reinterpret_cast<float*>(take());
+  Runs s{take(), take(), reinterpret_cast<float*>(take()), 0, 0, 0};
+  Runs t{take(), take(), reinterpret_cast<float*>(take()), 0, 0, 0};
+  const bool b = row.student.dtype == DType::kBFloat16;
+  (b ? &read_half<bf16> : &read_half<f16>)(row.student, counts, s);
+  (row.teacher.dtype == DType::kBFloat16 ? &read_half<bf16> : &read_half<f16>)(row.teacher, counts,
+                                                                               t);
   if (settle<double>(row, s.top, s.sum, t.top, t.sum)) return;
   const double unit_s = s.sum > 0 ? 1 / s.sum : 0, unit_t = 1 / t.sum;
-  const auto probability = [](const HalfSide& side, int64_t key, double k, double unit) {
-    const float x = side.value(static_cast<uint32_t>(key));
-    return x == -kInfinity ? 0.0 : unit * kd::exp2((static_cast<double>(x) - side.top) * k);
-  };
+  const double scale_s = row.student.scale * unit_s, scale_t = row.teacher.scale * unit_t;
 
   // Two run-length lists walked together: `take` ranks at a time share both values.
-  int64_t key_s = next_key(counts_s, 0), key_t = next_key(counts_t, 0);
-  int64_t left_s = key_s < kSortedBins ? counts_s[key_s] : 0;
-  int64_t left_t = key_t < kSortedBins ? counts_t[key_t] : 0;
-  double p = left_s ? probability(s, key_s, ks, unit_s) : 0;
-  double q = left_t ? probability(t, key_t, kt, unit_t) : 0;
-  double value = 0, slope_s = 0, slope_t = 0, signs = 0;
-  while (left_s > 0 || left_t > 0) {
-    const int64_t take = left_s == 0 ? left_t : left_t == 0 || left_s < left_t ? left_s : left_t;
-    const double difference = row.student.scale * p - row.teacher.scale * q;
-    const double sign = difference > 0 ? 1 : difference < 0 ? -1 : 0;
-    value += static_cast<double>(take) * kd::abs(difference);
-    slope_s += static_cast<double>(take) * sign * p;
-    slope_t -= static_cast<double>(take) * sign * q;
-    if (left_s > 0) {
-      signs += static_cast<double>(take) * sign;
-      left_s -= take;
-      if (left_s == 0) {
-        table[key_s] = static_cast<float>(signs / counts_s[key_s]);
-        signs = 0;
-        key_s = next_key(counts_s, key_s + 1);
-        left_s = key_s < kSortedBins ? counts_s[key_s] : 0;
-        p = left_s ? probability(s, key_s, ks, unit_s) : 0;
-      }
+  double value = 0, slope_s = 0, slope_t = 0, sum_of_signs = 0;
+  int64_t i = 0, j = 0;
+  int64_t left_s = s.size > 0 ? s.counts[0] : 0, left_t = t.size > 0 ? t.counts[0] : 0;
+  while (i < s.size || j < t.size) {
+    const bool in_s = i < s.size, in_t = j < t.size;
+    const int64_t ranks = !in_s ? left_t : !in_t || left_s < left_t ? left_s : left_t;
+    const double p = in_s ? s.e[i] : 0.0, q = in_t ? t.e[j] : 0.0;
+    const double difference = scale_s * p - scale_t * q;
+    const double sign = (difference > 0) - (difference < 0);
+    const double weight = static_cast<double>(ranks) * sign;
+    value += weight * difference;
+    slope_s += weight * p;
+    slope_t -= weight * q;
+    sum_of_signs += weight;
+    left_s -= ranks;
+    left_t -= ranks;
+    if (in_s && left_s == 0) {
+      signs[i] = static_cast<float>(sum_of_signs / s.counts[i]);
+      sum_of_signs = 0;
+      if (++i < s.size) left_s = s.counts[i];
     }
-    if (left_t > 0) {
-      left_t -= take;
-      if (left_t == 0) {
-        key_t = next_key(counts_t, key_t + 1);
-        left_t = key_t < kSortedBins ? counts_t[key_t] : 0;
-        q = left_t ? probability(t, key_t, kt, unit_t) : 0;
-      }
-    }
+    if (in_t && left_t == 0 && ++j < t.size) left_t = t.counts[j];
   }
   row.value = value;
-  row.student_slope = slope_s;
-  row.teacher_slope = slope_t;
+  row.student_slope = slope_s * unit_s;
+  row.teacher_slope = slope_t * unit_t;
   if (row.gradient == nullptr) return;
-  const double factor = row.coefficient * row.student.scale / row.student.temperature * unit_s;
-  for (int64_t key = next_key(counts_s, 0); key < kSortedBins; key = next_key(counts_s, key + 1)) {
-    table[key] = static_cast<float>(factor * probability(s, key, ks, 1.0) * (table[key] - slope_s));
+
+  // The gradient is a function of the logit: one entry of a table for each distinct value.
+  const float slope = static_cast<float>(row.student_slope);
+  const float factor = static_cast<float>(row.coefficient * scale_s / row.student.temperature);
+  const auto bits_of = [&](float x) {
+    uint16_t bits;
+    const bf16 as_b = cast<bf16>(x);
+    const f16 as_f = cast<f16>(x);
+    memcpy(&bits, b ? static_cast<const void*>(&as_b) : static_cast<const void*>(&as_f), 2);
+    return bits;
+  };
+  for (int64_t r = 0; r < s.size; ++r)
+    table[s.keys[r]] = bits_of(factor * s.e[r] * (signs[r] - slope));
+  table[kMinusZero] = table[kPlusZero];
+  const SortedSide& side = row.student;
+  const uint16_t* z = static_cast<const uint16_t*>(side.row);
+  uint16_t* out = static_cast<uint16_t*>(row.gradient);
+  for (int64_t k = 0; k < side.columns; ++k) out[k] = table[half_key(z[k])];
+  for (int64_t k = 0; side.excluded != nullptr && k < side.columns; ++k) {
+    if (side.excluded[k] == 0) continue;
+    const float x = (b ? &from_half_key<bf16> : &from_half_key<f16>)(half_key(z[k]));
+    const float e = kd::exp2((x - s.top) * static_cast<float>(kLog2E / side.temperature));
+    out[k] = bits_of(-factor * slope * e);
   }
-  const auto write =
-      row.student.dtype == DType::kBFloat16 ? &write_from_table<bf16> : &write_from_table<f16>;
-  write(row, table, static_cast<float>(-slope_s), static_cast<float>(ks), s.top,
-        static_cast<float>(factor));
 }
 
 // ---- wider: radix sort -------------------------------------------------------------------------
@@ -361,6 +363,39 @@ KD_LANES F sign_of(F x) {
   return x > F(0) ? F(1) : x < F(0) ? F(-1) : F(0);
 }
 
+// The sign of a logit among many runs: a table of equal steps says where to begin to look.
+template <class F>
+struct RunFinder {
+  static constexpr int64_t kSteps = 2048;
+  const SignRuns<F>& runs;
+  F lowest = F(0), per_step = F(0);
+  int32_t begin[kSteps];
+
+  explicit RunFinder(const SignRuns<F>& runs) : runs(runs) {
+    if (runs.size == 0) return;
+    // -inf, the last run's bound where the tail has no mass, is below every step.
+    int64_t last = runs.size - 1;
+    while (last > 0 && is_inf(runs.from[last])) --last;
+    lowest = runs.from[last];
+    const F range = runs.from[0] - lowest;
+    per_step = range > F(0) ? F(kSteps - 1) / range : F(0);
+    int64_t run = 0;
+    for (int64_t step = kSteps - 1; step >= 0; --step) {
+      // One step of slack for the rounding of the position.
+      const F top = per_step > F(0) ? lowest + static_cast<F>(step + 2) / per_step : runs.from[0];
+      while (run + 1 < runs.size && runs.from[run + 1] >= top) ++run;
+      begin[step] = static_cast<int32_t>(run);
+    }
+  }
+  KD_LANES F operator()(F z) const {
+    const F position = (z - lowest) * per_step;
+    const int64_t step = position > F(0) ? static_cast<int64_t>(position) : 0;
+    int64_t run = begin[step < kSteps ? step : kSteps - 1];
+    while (run + 1 < runs.size && runs.from[run + 1] >= z) ++run;
+    return runs.sign[run];
+  }
+};
+
 template <class V, class T>
 void write_gradient(const SortedRow& row, const WideSide<typename V::Scalar>& side,
                     const SignRuns<typename V::Scalar>& runs, double slope, double unit) {
@@ -370,8 +405,9 @@ void write_gradient(const SortedRow& row, const WideSide<typename V::Scalar>& si
       static_cast<F>(row.coefficient * row.student.scale / row.student.temperature * unit);
   const F reference = side.top == F(-kInfinity) ? F(0) : side.top;
   const int64_t n = row.student.columns;
-  // Few runs: compare with every boundary, a vector at a time. Many: search.
-  const bool few = runs.size <= 32;
+  // Few runs: compare with every boundary, a vector at a time. Many: look them up.
+  const bool few = runs.size <= 16;
+  RunFinder<F> finder(runs);
   for (int64_t j = 0; j < n; j += V::kLanes) {
     const int64_t left = n - j < V::kLanes ? n - j : V::kLanes;
     const V z =
@@ -383,18 +419,7 @@ void write_gradient(const SortedRow& row, const WideSide<typename V::Scalar>& si
       }
     } else {
       F signs[V::kLanes] = {};
-      for (int64_t lane = 0; lane < left; ++lane) {
-        int64_t low = 0, high = runs.size;  // the last run with from >= z
-        while (high - low > 1) {
-          const int64_t middle = (low + high) / 2;
-          if (runs.from[middle] >= side.values[j + lane]) {
-            low = middle;
-          } else {
-            high = middle;
-          }
-        }
-        signs[lane] = runs.sign[low];
-      }
+      for (int64_t lane = 0; lane < left; ++lane) signs[lane] = finder(side.values[j + lane]);
       sign = V::load(signs);
     }
     if (row.student.excluded != nullptr) {

@@ -32,8 +32,8 @@ constexpr int64_t kSortedBins = 65536;
 inline int64_t sorted_scratch(int64_t student_columns, int64_t teacher_columns) {
   const int64_t longer = student_columns > teacher_columns ? student_columns : teacher_columns;
   // Radix: two rows as floats, two of keys, one to sort into, two of run boundaries; 8 bytes each
-  // at most. Histogram: three tables.
-  return 2 * 7 * (longer + 16) + 3 * kSortedBins;
+  // at most. Histogram: nine tables.
+  return 2 * 7 * (longer + 16) + 9 * kSortedBins;
 }
 
 struct SortedTable {

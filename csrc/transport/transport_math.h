@@ -14,6 +14,9 @@ namespace kd {
 constexpr double kSmallSum = 7.888609052210118e-31;  // 2^-100
 constexpr double kLargeSum = 1.2676506002282294e30;  // 2^100
 
+// Densities and ratios of potentials stop here. Where there is mass they never come near.
+constexpr double kMaxExponent = 120;
+
 // log2(2^x + 2^y); y = -inf gives x. The larger one is taken out, so nothing overflows.
 template <class F>
 KD_HOST_DEVICE F log2_add(F x, F y) {
@@ -33,7 +36,8 @@ KD_HOST_DEVICE F potential(F log_sum, F log_denominator, F damping) {
 template <class F>
 KD_HOST_DEVICE F divisor_ratio(F log_rho, F damping) {
   const F exponent = log_rho * (F(1) / damping - F(1));
-  return exp2(select(exponent < F(-120), F(-120), select(exponent > F(120), F(120), exponent)));
+  return exp2(select(exponent < F(-kMaxExponent), F(-kMaxExponent),
+                     select(exponent > F(kMaxExponent), F(kMaxExponent), exponent)));
 }
 
 // Order-preserving map of a float's bits: larger float, SMALLER key (sorted ascending = descending

@@ -233,7 +233,7 @@ def sinkhorn_bwd(
 
 class _Solve(torch.autograd.Function):
     """Identity on the potentials at a fixed point x = F(x); backward sums the Neumann series
-    w + F'w + F'F'w + ... by least squares, because the balanced system is singular along (1, -1)."""
+    w + F'w + F'F'w + ... by least squares: the balanced system is singular along (1, -1)."""
 
     @staticmethod
     def forward(ctx, x, jacobian):
@@ -254,9 +254,7 @@ def _fixed_point(p: _Problem, f: Tensor, g: Tensor):
 
     def step(x: Tensor) -> Tensor:
         rows = f0.shape[1]
-        return torch.cat(
-            [p.rows(x[:, rows:], p.b), p.columns(x[:, :rows], p.a)], dim=1
-        )
+        return torch.cat([p.rows(x[:, rows:], p.b), p.columns(x[:, :rows], p.a)], dim=1)
 
     x = torch.cat([f0, g0], dim=1).requires_grad_()
     y = step(x)
@@ -287,11 +285,11 @@ def _side(logits: Tensor, tau: float, scale: Tensor | None, excluded: Tensor | N
     key = logits.double()
     if excluded is not None:
         key = torch.where(excluded, -torch.inf, key)
-    order = key.argsort(-1, descending=True, stable=True)
+    order = key.argsort(dim=-1, descending=True, stable=True)
     if excluded is not None:
         # Entries at -inf that are not excluded stay before those that are.
         first = torch.where(excluded, 1, 0).expand_as(order).gather(-1, order)
-        order = order.gather(-1, first.argsort(-1, stable=True))
+        order = order.gather(-1, first.argsort(dim=-1, stable=True))
         keep = ~excluded.expand_as(order).gather(-1, order)
     else:
         keep = torch.ones_like(order, dtype=torch.bool)
@@ -318,7 +316,7 @@ def sorted_transport(
     """Fill value, slopes and the gradient (csrc/transport/transport.h)."""
     with torch.no_grad():
         p, sp, order, keep = _side(student, student_temperature, student_scale, student_excluded)
-        q, sq, _, _ = _side(teacher, teacher_temperature, teacher_scale, teacher_excluded)
+        _, sq, _, _ = _side(teacher, teacher_temperature, teacher_scale, teacher_excluded)
         width = max(sp.shape[1], sq.shape[1])
         sp = torch.nn.functional.pad(sp, (0, width - sp.shape[1]))
         sq = torch.nn.functional.pad(sq, (0, width - sq.shape[1]))

@@ -4,8 +4,9 @@ from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, tota
 from .gromov import graph_on_logits
 from .gromov_wasserstein import gromov_wasserstein
 from .sinkhorn import sinkhorn, sinkhorn_assign, transport
+from .sinkhorn_divergence import sinkhorn_divergence
 from .sliced_gromov_wasserstein import sliced_gromov_wasserstein
-from .transport import sinkhorn_divergence, sorted_transport
+from .sorted_transport import sorted_transport
 
 __all__ = [
     "divergence",

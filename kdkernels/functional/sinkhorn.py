@@ -10,12 +10,15 @@ from torch import Tensor
 
 from ..backends.registry import settings
 from ..backends.transport_spec import GRADIENTS, SinkhornSpec
+from ..ops import shared_cost
 from ..ops import transport as ops
 from .checks import check_floats, check_number
 from .ground_cost import ground_cost
 
 _VALUES = ("sharp", "regularized", "dual")
 _ORDERS = ("rows", "columns")
+# Problems over one cost from which on GEMMs beat the log-domain sweeps of each.
+_GEMM_BATCH = 8
 
 
 def sinkhorn(
@@ -38,8 +41,8 @@ def sinkhorn(
 ):
     """Entropic optimal transport between two histograms (Cuturi 2013), in the log domain.
 
-    With K = exp(-cost / epsilon) and scalings that start at one (zero where a marginal is zero), one
-    iteration is u = a / (K v), v = b / (K' u); the plan is P = diag(u) K diag(v) =
+    With K = exp(-cost / epsilon) and scalings that start at one (zero where a marginal is zero),
+    one iteration is u = a / (K v), v = b / (K' u); the plan is P = diag(u) K diag(v) =
     a b exp((f + g - cost) / epsilon). Nothing overflows or underflows, whatever epsilon is.
 
     Args:
@@ -111,7 +114,7 @@ def sinkhorn(
     teacher_lengths = _lengths(teacher_lengths, "teacher_lengths", batch, columns, cost)
     a = _marginal(a, "a", batch, rows, cost, dtype)
     b = _marginal(b, "b", batch, columns, cost, dtype)
-    if value != "sharp" or (a is None) != (b is None) and reach is None:
+    if value != "sharp" or ((a is None) != (b is None) and reach is None):
         # The value's formula, and the comparison of masses, want them in full.
         a = _uniform(batch, rows, student_lengths, dense) if a is None else a
         b = _uniform(batch, columns, teacher_lengths, dense) if b is None else b
@@ -120,7 +123,7 @@ def sinkhorn(
         a, b, bad = _check_marginals(
             a, b, student_lengths, teacher_lengths, balanced=reach_a is None and reach_b is None
         )
-    if settings().debug and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and settings().debug:
         _check_finite(dense, student_lengths, teacher_lengths)
 
     spec = SinkhornSpec(
@@ -137,13 +140,15 @@ def sinkhorn(
         t is not None and t.requires_grad for t in (dense, a, b)
     )
     problem = (dense, a, b, student_lengths, teacher_lengths)
+    if _gemm_serves(cost, batch, spec, value, gradient, return_plan or return_potentials, problem):
+        a = _uniform(batch, rows, None, dense) if a is None else a
+        b = _uniform(batch, columns, None, dense) if b is None else b
+        return shared_cost.SharedSinkhorn.apply(cost.to(dtype), a, b, spec)
     by_envelope = value != "sharp" and gradient != "unrolled"
     if by_envelope:
         out, solution = _envelope_value(problem, spec, value, (reach_a, reach_b), return_plan)
         if return_plan and gradient == "implicit" and differentiable:
-            solution = ops.sinkhorn(
-                *problem, spec, keep=False, linear=False, sums=False, plan=True
-            )
+            solution = ops.sinkhorn(*problem, spec, keep=False, linear=False, sums=False, plan=True)
     else:
         solution = ops.sinkhorn(
             *problem,
@@ -416,6 +421,25 @@ def _value(value, problem, solution: ops.Solution, epsilon: float, reach_a, reac
     if reach_a is not None or reach_b is not None:
         out = out + epsilon * (masses - solution.rows.sum(-1))
     return out
+
+
+def _gemm_serves(cost, batch, spec, value, gradient, more, problem) -> bool:
+    """Whether all problems share a cost that GEMMs may iterate on: looked at, so eager on CPU."""
+    _, _, _, student_lengths, teacher_lengths = problem
+    return (
+        cost.dim() == 2
+        and batch >= _GEMM_BATCH
+        and value == "sharp"
+        and gradient == "unrolled"
+        and not more
+        and spec.tolerance == 0.0
+        and student_lengths is None
+        and teacher_lengths is None
+        and cost.device.type == "cpu"
+        and _may_look(cost)
+        and settings().backend is None
+        and shared_cost.fits(cost.to(problem[0].dtype), spec)
+    )
 
 
 def _envelope_value(problem, spec: SinkhornSpec, value: str, reach, want_plan: bool):

@@ -94,5 +94,5 @@ class MultiLevelOTLoss(nn.Module):
         p = torch.where(inside[:, :, None], p, 0.0)
         if self.presort:
             p = p.sort(-1, descending=True).values
-        best = p.detach().sum((0, 1)).argsort(descending=True, stable=True)[:width]
+        best = p.detach().sum((0, 1)).argsort(dim=0, descending=True, stable=True)[:width]
         return p[:, :, best]

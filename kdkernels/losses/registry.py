@@ -44,8 +44,7 @@ def register(
                 raise ValueError(f"name: {known!r} is registered twice")
             _names[known] = name
         parameters = {
-            p.name: p.default
-            for p in list(inspect.signature(cls.__init__).parameters.values())[1:]
+            p.name: p.default for p in list(inspect.signature(cls.__init__).parameters.values())[1:]
         }
         _entries[name] = CatalogueEntry(name, aliases, paper, family, status, parameters, cls)
         return cls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional.transport import sorted_transport
+from ..functional.sorted_transport import sorted_transport
 from .registry import register
 from .selection import selected, take, to_front
 

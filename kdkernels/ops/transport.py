@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ..backends.registry import pick
 from ..backends.transport_spec import ENVELOPE, UNROLLED, SinkhornSpec
-from .common import compute_dtype, empty, empty_like
+from .common import (
+    compute_dtype,
+    empty,
+    empty_like,
+    functorch_active,
+    refuse_jvp,
+    refuse_vmap,
+)
 
 _library = torch.library.Library("kdkernels", "FRAGMENT")
 
@@ -170,8 +177,32 @@ def _sinkhorn_bwd_fake(
     )
 
 
+class _Opaque(torch.autograd.Function):
+    """fn(*args) without a derivative, as torch.func wants it: tensors come unwrapped."""
+
+    vmap = refuse_vmap("transport")
+    jvp = refuse_jvp("transport")
+
+    @staticmethod
+    def forward(fn, *args):
+        return fn(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("kdkernels: transport has no second derivative")
+
+
+def _call(op, fn, *args):
+    """The operator, or under torch.func the function behind it."""
+    return _Opaque.apply(fn, *args) if functorch_active() else op(*args)
+
+
 def _sinkhorn_setup(ctx, inputs, output):
-    cost, a, b, student_lengths, teacher_lengths, spec, history, linear, sums, plan = inputs
+    cost, a, b, student_lengths, teacher_lengths, spec, _, linear, sums, plan = inputs
     f, g, done = output[6:]
     ctx.mark_non_differentiable(f, g, done)
     ctx.set_materialize_grads(False)
@@ -193,15 +224,26 @@ def _sinkhorn_autograd(ctx, *upstream):
         if bars[0] is None:
             return (None,) * 10
     need_cost, need_a, need_b = ctx.needs_input_grad[:3]
-    grad_cost, grad_a, grad_b = torch.ops.kdkernels.sinkhorn_bwd.default(
-        cost, a, b, student_lengths, teacher_lengths, f, g, done, *bars, list(spec), need_cost
-    )
+    grad_cost, grad_a, grad_b = _call(
+        torch.ops.kdkernels.sinkhorn_bwd.default, _sinkhorn_bwd,
+        cost, a, b, student_lengths, teacher_lengths, f, g, done, *bars, list(spec), need_cost,
+    )  # fmt: skip
     return (
         grad_cost if need_cost else None,
         grad_a if need_a else None,
         grad_b if need_b else None,
         *(None,) * 7,
     )
+
+
+class _FunctorchSinkhorn(torch.autograd.Function):
+    """The torch.func door."""
+
+    vmap = refuse_vmap("sinkhorn")
+    jvp = refuse_jvp("sinkhorn")
+    forward = staticmethod(_sinkhorn)
+    setup_context = staticmethod(_sinkhorn_setup)
+    backward = staticmethod(_sinkhorn_autograd)
 
 
 def sinkhorn(
@@ -220,10 +262,9 @@ def sinkhorn(
     """One run over a batch of problems. `keep`: all iterations are stored, for the unrolled
     backward; otherwise only the last."""
     history = int(spec.iterations) if keep else 1
+    run = _FunctorchSinkhorn.apply if functorch_active() else torch.ops.kdkernels.sinkhorn.default
     return Solution(
-        *torch.ops.kdkernels.sinkhorn.default(
-            cost, a, b, student_lengths, teacher_lengths, list(spec), history, linear, sums, plan
-        )
+        *run(cost, a, b, student_lengths, teacher_lengths, list(spec), history, linear, sums, plan)
     )
 
 
@@ -309,17 +350,16 @@ def _sorted_setup(ctx, inputs, output):
 def _sorted_autograd(ctx, upstream, _):
     student, teacher, mask, cs, ct, ex_s, ex_t, slopes = ctx.saved_tensors
     need = ctx.needs_input_grad
-    backward = torch.ops.kdkernels.sorted_transport_bwd.default
+
+    def backward(*args):
+        return _call(torch.ops.kdkernels.sorted_transport_bwd.default, _sorted_bwd_op, *args)
+
     tau_s, tau_t = ctx.student_temperature, ctx.teacher_temperature
     grad_student = grad_teacher = None
     if need[0]:
-        grad_student = backward(
-            student, teacher, mask, cs, ct, ex_s, ex_t, upstream, tau_s, tau_t
-        )
+        grad_student = backward(student, teacher, mask, cs, ct, ex_s, ex_t, upstream, tau_s, tau_t)
     if need[1]:  # the distance is symmetric
-        grad_teacher = backward(
-            teacher, student, mask, ct, cs, ex_t, ex_s, upstream, tau_t, tau_s
-        )
+        grad_teacher = backward(teacher, student, mask, ct, cs, ex_t, ex_s, upstream, tau_t, tau_s)
     return (
         grad_student,
         grad_teacher,
@@ -331,6 +371,16 @@ def _sorted_autograd(ctx, upstream, _):
         None,
         None,
     )
+
+
+class _FunctorchSorted(torch.autograd.Function):
+    """The torch.func door."""
+
+    vmap = refuse_vmap("sorted_transport")
+    jvp = refuse_jvp("sorted_transport")
+    forward = staticmethod(_sorted_op)
+    setup_context = staticmethod(_sorted_setup)
+    backward = staticmethod(_sorted_autograd)
 
 
 class _Sorted(torch.autograd.Function):
@@ -368,8 +418,10 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     """grad * upstream in place; nothing is touched where upstream is 1 and may be looked at."""
     if upstream.device.type == "cpu" and float(upstream) == 1.0:
         return grad
-    return grad.mul_(upstream.to(grad.dtype)) if grad.dtype.itemsize > 2 else (
-        grad.copy_(grad.float() * upstream)
+    return (
+        grad.mul_(upstream.to(grad.dtype))
+        if grad.dtype.itemsize > 2
+        else (grad.copy_(grad.float() * upstream))
     )
 
 
@@ -378,7 +430,8 @@ def sorted_transport(
     student_temperature: float, teacher_temperature: float,
 ) -> Tensor:  # fmt: skip
     """Row values (N,) of logits (N, V) and (N, V')."""
-    return torch.ops.kdkernels.sorted_transport.default(
+    op = torch.ops.kdkernels.sorted_transport.default
+    return (_FunctorchSorted.apply if functorch_active() else op)(
         student, teacher, mask, student_scale, teacher_scale, exclude_student, exclude_teacher,
         student_temperature, teacher_temperature,
     )[0]  # fmt: skip
