@@ -3,7 +3,14 @@
 from importlib import metadata as _metadata
 
 from .backends import backends, debug, use_backend
-from .functional import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
+from .functional import (
+    divergence,
+    forward_kl,
+    jensen_shannon,
+    relation,
+    reverse_kl,
+    total_variation,
+)
 
 try:
     __version__ = _metadata.version("kdkernels")
@@ -16,6 +23,7 @@ __all__ = [
     "divergence",
     "forward_kl",
     "jensen_shannon",
+    "relation",
     "reverse_kl",
     "total_variation",
     "use_backend",

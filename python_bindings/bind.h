@@ -5,4 +5,5 @@
 
 namespace kd::binding {
 void bind_divergence(pybind11::module_& module);
+void bind_relation(pybind11::module_& module);
 }  // namespace kd::binding

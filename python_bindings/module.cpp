@@ -55,4 +55,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 #endif
   kd::binding::bind_divergence(m);
+  kd::binding::bind_relation(m);
 }

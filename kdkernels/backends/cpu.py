@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "relation")
 _C = extension("_C")
 
 
@@ -15,3 +15,5 @@ if not isinstance(_C, str):
     divergence_fwd = _C.divergence_fwd
     divergence_bwd = _C.divergence_bwd
     scale = _C.scale
+    relation_rows = _C.relation_rows
+    plackett_luce = _C.plackett_luce

@@ -4,7 +4,7 @@ import torch
 
 from .native import extension
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "relation")
 _C = extension("_C")
 
 
@@ -29,3 +29,5 @@ if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     divergence_fwd = _C.divergence_fwd
     divergence_bwd = _C.divergence_bwd
     scale = _C.scale
+    relation_rows = _C.relation_rows
+    plackett_luce = _C.plackett_luce

@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "relation")
 _simt = extension("_simt")
 
 
@@ -17,4 +17,6 @@ if not isinstance(_simt, str):
     divergence_fwd = _simt.divergence_fwd
     divergence_bwd = _simt.divergence_bwd
     scale = _simt.scale
+    relation_rows = _simt.relation_rows
+    plackett_luce = _simt.plackett_luce
     set_order = _simt.set_order

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import spec as S
 from .spec import DivergenceSpec
 
-FAMILIES = ("divergence",)
+FAMILIES = ("divergence", "relation")
 
 # Stands in for log-probability -inf: exp(-2000) is 0 in float64, and 0 * -2000 is 0 where 0 * inf
 # would be NaN. Rows whose true value is infinite are named by `_infinite`.
