@@ -84,7 +84,7 @@ void bind_relation(py::module_& m) {
         args.pair_value = pair_value;
         args.rows = rows;
         args.spec = relation_spec_from(spec);
-        run(args, args.student.device, KD_ENTRY(relation_rows));
+        run<RelationArgs>(args, args.student.device, KD_ENTRY(relation_rows));
       },
       "Row values of a chunk of two relation maps; the products become gradients in place "
       "(csrc/relation/relation.h).");
@@ -100,7 +100,7 @@ void bind_relation(py::module_& m) {
         args.value = value;
         args.gradient = gradient;
         args.suffix = suffix;
-        run(args, args.scores.device, KD_ENTRY(plackett_luce));
+        run<PlackettLuceArgs>(args, args.scores.device, KD_ENTRY(plackett_luce));
       },
       "Plackett-Luce row values and gradients (csrc/relation/plackett_luce.h).");
 }
