@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 namespace kd::binding {
+void bind_common(pybind11::module_& module);
 void bind_divergence(pybind11::module_& module);
 void bind_relation(pybind11::module_& module);
 }  // namespace kd::binding

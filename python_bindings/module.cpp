@@ -32,7 +32,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return kd::binding::force_integers() ? "integers" : "exchange table where the type has one";
   });
 #if defined(KDK_BUILD_SIMT)
-  m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
+  m.def(
+      "set_order",
+      [](const std::string& order, uint64_t seed) {
+        simt::set_order(simt::parse_order(order), seed);
+      },
+      py::arg("order"), py::arg("seed") = 0);
 #else
   m.def("isa", [] { return std::string(kd::isa_name()); });
   m.def("set_isa", [](const std::string& name) { kd::set_isa(name.c_str()); });
@@ -54,6 +59,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return out;
   });
 #endif
+  kd::binding::bind_common(m);
   kd::binding::bind_divergence(m);
   kd::binding::bind_relation(m);
 }

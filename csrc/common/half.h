@@ -111,7 +111,11 @@ KD_HOST_DEVICE T cast(float x) {
 }
 template <class T>
 KD_HOST_DEVICE T cast(double x) {
-  return static_cast<T>(x);
+  if constexpr (sizeof(T) == 2) {
+    return from_float<T>(static_cast<float>(x));
+  } else {
+    return static_cast<T>(x);
+  }
 }
 
 // The type a kernel computes in: double for double, float for everything else.

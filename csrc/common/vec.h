@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if !defined(__CUDACC__)
 #include <stdexcept>
 #endif
@@ -154,6 +155,16 @@ KD_HOST_DEVICE void store(T* to, const Vec<T, N>& value) {
 #endif
 }
 
+// From any compute type to storage; half types round from float.
+template <class T, class F>
+KD_HOST_DEVICE T to_storage(F x) {
+  if constexpr (std::is_same<T, double>::value) {
+    return static_cast<double>(x);
+  } else {
+    return from_float<T>(static_cast<float>(x));
+  }
+}
+
 // Conversions between storage and the compute type F (float; double for double).
 template <class F, class T, int N>
 KD_HOST_DEVICE void widen(const Vec<T, N>& in, F (&out)[N]) {
@@ -164,7 +175,7 @@ template <class T, class F, int N>
 KD_HOST_DEVICE Vec<T, N> narrow(const F (&in)[N]) {
   Vec<T, N> out;
   KD_UNROLL
-  for (int i = 0; i < N; ++i) out.data[i] = cast<T>(in[i]);
+  for (int i = 0; i < N; ++i) out.data[i] = to_storage<T>(in[i]);
   return out;
 }
 
@@ -222,7 +233,7 @@ class RowChunks {
 
   template <Access kAccess = Access::kPlain, class F, class T>
   KD_HOST_DEVICE void load(const T* row, int64_t chunk, F fill, F (&out)[W]) const {
-    widen(load_raw<kAccess>(row, chunk, cast<T>(fill)), out);
+    widen(load_raw<kAccess>(row, chunk, to_storage<T>(fill)), out);
   }
 
   template <bool kStreaming = false, class T>

@@ -15,6 +15,8 @@
 // p = 0 < q) means gradient 0; the row kernels decide that once a row.
 #pragma once
 
+#include <type_traits>
+
 #include "common/macros.h"
 #include "common/scalar.h"
 #include "divergence/divergence.h"
@@ -56,10 +58,8 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
   c.mix_student = spec.detach_mixture != 0 ? S(0) : S(1);
   switch (kind) {
     case Kind::kJensenShannon:
-      // The ends are forward and reverse KL, the trainers' convention, not the limits (which are 0).
-      c.to_teacher = first == S(0) ? S(1) : first == S(1) ? S(0) : first;
-      c.to_student = S(1) - c.to_teacher;
-      c.mix = first;
+      c.to_teacher = c.mix = first;
+      c.to_student = S(1) - first;
       break;
     case Kind::kSkewForward:
       c.to_teacher = S(1);
@@ -83,11 +83,24 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
       break;
     case Kind::kNone: break;
   }
+  // The ends of a mixture are of the linear group: M = q makes KL(p || M) the forward and KL(q || M)
+  // nothing. Jensen-Shannon's are forward and reverse KL by the trainers' convention, not its limits.
+  const bool jensen_shannon = kind == Kind::kJensenShannon;
+  if (group_of(kind) == DivergenceGroup::kMixture && (c.mix == S(0) || c.mix == S(1))) {
+    if (c.mix == S(0) && (jensen_shannon || kind == Kind::kSkewForward)) c.forward_kl += c.other;
+    if (c.mix == S(1) && (jensen_shannon || kind == Kind::kSkewReverse)) c.reverse_kl += c.other;
+    c.other = S(0);
+  }
   return c;
 }
 
-// e^-x - 1 + x for |x| < 1/4, accurate relative to its own size (x^2 / 2 near 0). Taylor; the first
-// term left out is 3e-7 of the value in the worst case x = -1/4 at degree 6, 4e-13 at degree 9.
+// Below this |x| small_gap serves; above it the direct form does. float: at 1 the direct form has
+// lost a factor 3, at 1/4 it would have lost 30. double: the polynomial ends at 1/4.
+template <class F>
+constexpr double kSmallGap = std::is_same<F, double>::value ? 0.25 : 1.0;
+
+// e^-x - 1 + x, accurate relative to its own size (x^2 / 2 near 0). Taylor; the first term left out
+// is 5e-9 of the value at |x| = 1, 4e-15 at 1/4.
 template <class F>
 KD_HOST_DEVICE F small_gap(F x) {
   F r = F(-1.0 / 39916800);
@@ -113,7 +126,7 @@ KD_HOST_DEVICE F zero_times(F x, F y) {
 template <class F>
 KD_HOST_DEVICE F kl_generator(F p, F difference, F d) {
   const F direct = max(difference + zero_times(p, d), F(0));
-  return select(abs(d) < F(0.25), p * small_gap(d), direct);
+  return select(abs(d) < F(kSmallGap<F>), p * small_gap(d), direct);
 }
 
 template <class F, class S>
@@ -133,7 +146,7 @@ KD_HOST_DEVICE Terms<F> linear_terms(const Entry<F>& e, const RowKind<S>& c) {
   return t;
 }
 
-// A KL(p || M) + B KL(q || M) with M = w p + (1 - w) q.
+// A KL(p || M) + B KL(q || M) with M = w p + (1 - w) q, 0 < w < 1.
 template <class F, class S>
 KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   const auto above = e.d >= F(0);  // p >= q
@@ -141,13 +154,11 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   // The larger of p and q is the base: smaller = base (1 + t), M = base (1 + y).
   const F distance = abs(e.d);
   const F t = expm1(-distance);
-  const F share = select(above, v, w);  // the smaller one's share of M
-  const auto bare = share == F(1);      // M is the smaller one itself
-  const F y = share * t;
-  const F log_base = select(bare, distance, -log1p(y));  // log(base / M)
-  const F inverse = select(bare, F(0), F(1) / (F(1) + y));
-  const F log_other = select(bare, F(0), log_base - distance);
-  const F other_ratio = select(bare, F(1), (F(1) + t) * inverse);
+  const F y = select(above, v, w) * t;
+  const F log_base = -log1p(y);  // log(base / M)
+  const F inverse = F(1) / (F(1) + y);
+  const F log_other = log_base - distance;
+  const F other_ratio = (F(1) + t) * inverse;
   const F xp = select(above, log_base, log_other), xq = select(above, log_other, log_base);
   const F rp = select(above, inverse, other_ratio), rq = select(above, other_ratio, inverse);
   const F pq = select(above, -e.p * t, e.q * t);  // p - q
@@ -157,8 +168,8 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   out.value = select(A > F(0), A * kl_generator(e.p, -v * pq, xp), F(0)) +
               select(B > F(0), B * kl_generator(e.q, w * pq, xq), F(0));
   out.student = select(B > F(0), B * zero_times(e.q, xq), F(0)) -
-                zero_times(e.q, F(c.mix_student) * v * rq * slant);
-  out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) - zero_times(e.p, w * rp * slant);
+                F(c.mix_student) * v * rq * slant;
+  out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) - w * rp * slant;
   // An entry where both are 0 has d = NaN and adds nothing.
   const auto exists = max(e.p, e.q) > F(0);
   return {select(exists, out.value, F(0)), select(exists, out.student, F(0)),
@@ -206,7 +217,9 @@ template <class F, class S>
 KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   const S alpha = c.alpha, beta = c.beta, s = alpha + beta;
   const F zero(0);
-  const F d = select(max(e.p, e.q) > zero, e.d, zero);
+  // An entry that is impossible on both sides is none; one whose p and q merely underflow counts.
+  const auto exists = max(e.lp, e.lq) > F(-20000);
+  const F d = select(exists, e.d, zero);
   if (alpha == S(0) && beta == S(0)) {
     return {F(0.5) * d * d, -d, d};
   }
@@ -221,12 +234,17 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   const F W = exp(fma(F(alpha), lp, F(beta) * lq));
   const bool teacher_side = abs(alpha) >= abs(beta);
   const S big = teacher_side ? alpha : beta, little = teacher_side ? beta : alpha;
-  const F base = select(teacher_side, P, Q), other = select(teacher_side, Q, P);
-  const F sd = select(teacher_side, d, -d);
+  const F base = teacher_side ? P : Q, other = teacher_side ? Q : P;
+  const F sd = teacher_side ? d : -d;
   F value = zero;
   if (s != S(0)) value = kl_generator(base, other - base, F(s) * sd) * F(S(1) / s);
   if (little != S(0)) {
     value = value - kl_generator(base, W - base, F(little) * sd) * F(S(1) / little);
+    // base x d stands in both generators; where it is infinite it must go before it is subtracted.
+    if (s != S(0)) {
+      const F bare = (other - base) * F(S(1) / s) - (W - base) * F(S(1) / little);
+      value = select(abs(sd) < F(kInfinity), value, bare);
+    }
   }
   Terms<F> out;
   out.value = value * F(S(1) / big);
@@ -243,7 +261,8 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   } else {
     out.teacher = zero_times(P, d);
   }
-  return out;
+  return {select(exists, out.value, zero), select(exists, out.student, zero),
+          select(exists, out.teacher, zero)};
 }
 
 // All terms of an entry: the linear group plus one kind of group G.
@@ -252,14 +271,16 @@ KD_HOST_DEVICE Terms<F> terms(const Entry<F>& e, const RowKind<S>& c) {
   if constexpr (G == DivergenceGroup::kLinear) {
     return linear_terms(e, c);
   } else {
-    Terms<F> out;
-    if constexpr (G == DivergenceGroup::kMixture) out = mixture_terms(e, c);
-    if constexpr (G == DivergenceGroup::kProbability) out = probability_terms(e, c);
-    if constexpr (G == DivergenceGroup::kPower) out = power_terms(e, c);
-    const F other(c.other);
-    out.value = out.value * other;
-    out.student = out.student * other;
-    out.teacher = out.teacher * other;
+    Terms<F> out{F(0), F(0), F(0)};
+    if (c.other != S(0)) {
+      if constexpr (G == DivergenceGroup::kMixture) out = mixture_terms(e, c);
+      if constexpr (G == DivergenceGroup::kProbability) out = probability_terms(e, c);
+      if constexpr (G == DivergenceGroup::kPower) out = power_terms(e, c);
+      const F other(c.other);
+      out.value = out.value * other;
+      out.student = out.student * other;
+      out.teacher = out.teacher * other;
+    }
     if (c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) ||
         c.entropy != S(0)) {
       const Terms<F> linear = linear_terms(e, c);

@@ -52,6 +52,7 @@ def _initial() -> Settings:
 
 _settings: ContextVar[Settings] = ContextVar("kdkernels_settings", default=_initial())  # noqa: B039
 _modules: dict[str, ModuleType | str] = {}
+_picked: dict[tuple, ModuleType] = {}
 
 
 def settings() -> Settings:
@@ -113,6 +114,13 @@ def pick(family: str, device: str) -> ModuleType:
         ValueError: it cannot read that device.
     """
     asked = _settings.get().backend
+    found = _picked.get((asked, family, device))
+    if found is None:
+        found = _picked[asked, family, device] = _pick(asked, family, device)
+    return found
+
+
+def _pick(asked: str | None, family: str, device: str) -> ModuleType:
     if asked is not None:
         module = load(asked)
         reads = getattr(module, "READS", READS[asked])

@@ -6,6 +6,8 @@ table of docs/divergence.md, not to be fast.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,8 @@ def _log_softmax(logits: Tensor, tau: Tensor, columns: int) -> tuple[Tensor, Ten
     total = torch.where(alive, (scaled - top).exp(), torch.zeros_like(scaled)).sum(-1, keepdim=True)
     total = torch.where(alive.any(-1, keepdim=True), total, torch.ones_like(total))
     lse = top + total.log()
-    # Impossible entries still carry the gradient of the log-sum-exp: a forward kind that is infinite
-    # on them has the gradient (P q - p) / tau on the others, with all of p's mass in P.
+    # Impossible entries still carry the gradient of the log-sum-exp: a forward kind that is
+    # infinite on them has the gradient (P q - p) / tau on the others, all of p's mass in P.
     return torch.where(dead, _LOWEST - (lse - lse.detach()), scaled - lse), dead
 
 
@@ -268,6 +270,23 @@ def unit_factors(
     return unit * torch.where(total > 0, 1 / total, 0.0)
 
 
+def autograd_on():
+    """A context in which torch records and differentiates, whoever called.
+
+    A registered operator runs below the autograd dispatch keys, so enable_grad alone records
+    nothing there.
+    """
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        key = getattr(torch._C.DispatchKey, name, None)
+        exclude = exclude if key is None else exclude.remove(key)
+    stack = contextlib.ExitStack()
+    include = torch._C._dispatch_tls_local_include_set()
+    stack.enter_context(torch._C._ForceDispatchKeyGuard(include, exclude))
+    stack.enter_context(torch.enable_grad())
+    return stack
+
+
 def _per_row(tensor: Tensor | None, number: float, like: Tensor) -> Tensor:
     """(N,) float64 leaf from a per-row tensor or a number."""
     if tensor is None:
@@ -303,7 +322,7 @@ def _rows(
         leaves.append((tau_s.requires_grad_(), grad_temperature[:, 0]))
         leaves.append((tau_t.requires_grad_(), grad_temperature[:, 1]))
     selected = selection(labels, mask, student.shape[0], student.device, spec.ignore_index)
-    with torch.enable_grad():
+    with autograd_on():
         divergence, value = row_values(
             z,
             a,
@@ -325,7 +344,8 @@ def _differentiate(value: Tensor, factor: Tensor, leaves: list) -> None:
     if value.requires_grad:
         inputs = [leaf for leaf, _ in leaves]
         ones = torch.ones_like(value)
-        gradients = torch.autograd.grad(value, inputs, ones, allow_unused=True)
+        with autograd_on():
+            gradients = torch.autograd.grad(value, inputs, ones, allow_unused=True)
     else:
         gradients = [None] * len(leaves)
     broken = value.isnan()

@@ -13,13 +13,15 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def check_floats(tensor: Tensor, argument: str) -> None:
     """A plain tensor of one of the four dtypes, on a device that a kernel can read."""
+    if type(tensor) is Tensor and tensor.dtype in LOGIT_DTYPES and tensor.layout is torch.strided:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{argument}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}"
         )
-    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor):
         raise TypeError(
             f"{argument}: {type(tensor).__name__} is a wrapper that no kernel can read; "
             "pass its local or full tensor"
@@ -33,7 +35,7 @@ def check_number(value: object, argument: str, *, positive: bool = False) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
     value = float(value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # a comparison that torch.compile can trace
         raise ValueError(f"{argument}: expected a finite number, got {value!r}")
     if positive and value <= 0.0:
         raise ValueError(f"{argument}: expected a number > 0, got {value!r}")

@@ -11,6 +11,7 @@ from ..backends import spec as S
 from ..backends.registry import settings
 from ..backends.spec import DivergenceSpec
 from ..ops import divergence as ops
+from ..ops.common import compute_dtype
 from .checks import check_floats, check_number, per_row, same_device
 from .kinds import KindTuple, check_parameter, program
 
@@ -97,100 +98,65 @@ def divergence(
     check_floats(student, "student")
     if student.dim() < 1 or student.shape[-1] < 1:
         raise ValueError(f"student: expected shape [..., V], V >= 1, got {tuple(student.shape)}")
-    leading = student.shape[:-1]
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     if teacher is not None:
         _check_teacher(student, teacher)
-    plain = not (
+    leading = student.shape[:-1]
+    batch = leading[0] if leading else 1
+    compiling = torch.compiler.is_compiling()
+    tensors = (
         isinstance(beta, Tensor)
         or isinstance(alpha, Tensor)
         or isinstance(temperature, Tensor)
         or isinstance(teacher_temperature, Tensor)
         or isinstance(num_items, Tensor)
     )
-    compiling = torch.compiler.is_compiling()
-    batch = leading[0] if leading else 1
-    first = second = tau_s = tau_t = items = None
-    if plain and not compiling:
-        spec = _cached_spec(
-            kind if isinstance(kind, str) else _hashable(kind),
-            beta,
-            alpha,
-            temperature,
-            teacher_temperature,
-            temperature_squared,
-            ignore_index,
-            label_weight,
-            clip,
-            detach_mixture,
-            reduction,
-            normalize,
-            num_items,
-            vocab_size,
-            teacher_vocab_size,
-            student.shape[-1],
-            None if teacher is None else teacher.shape[-1],
-            batch if reduction in ("batchmean", "sequence_mean") else 1,
-        )
+    numbers = (
+        kind,
+        None if isinstance(beta, Tensor) else beta,
+        None if isinstance(alpha, Tensor) else alpha,
+        1.0 if isinstance(temperature, Tensor) else temperature,
+        1.0 if isinstance(teacher_temperature, Tensor) else teacher_temperature,
+        temperature_squared,
+        ignore_index,
+        label_weight,
+        clip,
+        detach_mixture,
+        reduction,
+        normalize,
+        None if isinstance(num_items, Tensor) else num_items,
+        vocab_size,
+        teacher_vocab_size,
+        student.shape[-1],
+        None if teacher is None else teacher.shape[-1],
+    )
+    if compiling:
+        rest = _constants(*numbers, 1)
     else:
-        described = program(kind, beta, alpha, detach_mixture)
-        spec = _spec(
-            described.numbers,
-            described.names,
-            1.0 if isinstance(temperature, Tensor) else temperature,
-            1.0 if isinstance(teacher_temperature, Tensor) else teacher_temperature,
-            temperature_squared,
-            ignore_index,
-            label_weight,
-            clip,
-            reduction,
-            normalize,
-            None if isinstance(num_items, Tensor) else num_items,
-            vocab_size,
-            teacher_vocab_size,
-            student.shape[-1],
-            None if teacher is None else teacher.shape[-1],
+        sequences = reduction == "batchmean" or reduction == "sequence_mean"
+        try:
+            rest = _cached_constants(*numbers, batch if sequences else 1)
+        except (
+            TypeError
+        ):  # something unhashable: a list of pairs, or a wrong type, which then says so
+            rest = _constants(*numbers, batch if sequences else 1)
+    tau_s = tau_t = None
+    if tensors:
+        rest, tau_s, tau_t = _tensor_parameters(
+            rest, kind, beta, alpha, temperature, teacher_temperature, num_items, student
         )
-        if not compiling:
-            spec = spec._replace(batch=float(batch))
-        constants = {}
-        for field, (argument, tensor) in described.tensors.items():
-            if tensor.requires_grad:
-                raise ValueError(f"{argument}: a constant of the loss; it must not require grad")
-            constants[field] = per_row(tensor, argument, leading, student, dtype)
-            _check_rows(constants[field], argument, student, described.names)
-        first, second = constants.get("first"), constants.get("second")
-        if isinstance(temperature, Tensor):
-            tau_s = per_row(temperature, "temperature", leading, student, dtype)
-            _check_rows(tau_s, "temperature", student)
-        if isinstance(teacher_temperature, Tensor):
-            tau_t = per_row(teacher_temperature, "teacher_temperature", leading, student, dtype)
-            _check_rows(tau_t, "teacher_temperature", student)
-        elif teacher_temperature is None:
-            tau_t = tau_s
-        if isinstance(num_items, Tensor):
-            items = _num_items(num_items, reduction, student, dtype)
-    if teacher is None and (spec.kind or spec.forward_kl or spec.reverse_kl or spec.cross_entropy):
-        raise ValueError(f"teacher: None is for kind 'entropy' alone, got kind {kind!r}")
-    if teacher is not None and not _reads_teacher(spec):
-        raise ValueError(f"teacher: kind {kind!r} has no teacher; pass None")
     if labels is not None:
-        labels = _labels(labels, leading, student)
+        rest = rest._replace(labels=_labels(labels, leading, student))
     elif label_weight:
         raise ValueError("labels: needed where label_weight is not 0")
     if mask is not None:
-        mask = _mask(mask, leading, student)
+        rest = rest._replace(mask=_mask(mask, leading, student))
     if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-        weight = per_row(weight, "weight", leading, student, dtype)
-        _check_rows(weight, "weight", student)
-    if inplace:
-        inplace = _check_inplace(student, teacher, reduction, compiling)
-    if settings_debug(compiling):
-        _debug(student, teacher, labels, spec)
-    rest = ops.Rest(labels, mask, first, second, items, spec, inplace, False)
-    value, _ = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)
+        weight = _weight(weight, leading, student)
+    if inplace and _check_inplace(student, teacher, reduction, compiling):
+        rest = rest._replace(inplace=True)
+    if not compiling and settings().debug:
+        _debug(student, teacher, rest.labels, rest.spec)
+    value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
     return value.view(leading) if reduction == "none" else value
 
 
@@ -217,23 +183,6 @@ def total_variation(student: Tensor, teacher: Tensor, **options) -> Tensor:
 # Pieces. ----------------------------------------------------------------------------------------
 
 
-def settings_debug(compiling: bool) -> bool:
-    """Whether data may be looked at for bad values regardless of the cost."""
-    return not compiling and settings().debug
-
-
-def _hashable(kind):
-    if isinstance(kind, list):
-        kind = tuple(kind)
-    if isinstance(kind, tuple):
-        return tuple(tuple(e) if isinstance(e, list) else e for e in kind)
-    return kind
-
-
-def _reads_teacher(spec: DivergenceSpec) -> bool:
-    return bool(spec.kind or spec.forward_kl or spec.reverse_kl or spec.cross_entropy)
-
-
 def _check_teacher(student: Tensor, teacher: Tensor) -> None:
     check_floats(teacher, "teacher")
     same_device(teacher, "teacher", student)
@@ -249,8 +198,7 @@ def _check_teacher(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-@lru_cache(maxsize=512)
-def _cached_spec(
+def _constants(
     kind,
     beta,
     alpha,
@@ -269,11 +217,11 @@ def _cached_spec(
     width,
     teacher_width,
     batch,
-) -> DivergenceSpec:
+) -> ops.Rest:
+    """Everything about a call that is neither a tensor nor depends on one, checked."""
     described = program(kind, beta, alpha, detach_mixture)
-    return _spec(
+    spec = _spec(
         described.numbers,
-        described.names,
         temperature,
         teacher_temperature,
         temperature_squared,
@@ -287,12 +235,69 @@ def _cached_spec(
         teacher_vocab_size,
         width,
         teacher_width,
-    )._replace(batch=float(batch))
+    )
+    reads = spec.kind or spec.forward_kl or spec.reverse_kl or spec.cross_entropy
+    if teacher_width is None and reads:
+        raise ValueError(f"teacher: None is for kind 'entropy' alone, got kind {kind!r}")
+    if teacher_width is not None and not reads:
+        raise ValueError(f"teacher: kind {kind!r} has no teacher; pass None")
+    return ops.Rest(None, None, None, None, None, spec._replace(batch=float(batch)), False, False)
+
+
+# typed: True and 1 are different arguments, and one of them is an error.
+_cached_constants = lru_cache(maxsize=512, typed=True)(_constants)
+
+
+def _tensor_parameters(
+    rest, kind, beta, alpha, temperature, teacher_temperature, num_items, student
+):
+    """Per-row parameters and the divisor that are tensors: (rest, tau_s, tau_t)."""
+    leading = student.shape[:-1]
+    dtype = compute_dtype(student)
+    if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
+        described = program(kind, beta, alpha, bool(rest.spec.detach_mixture))
+        # A parameter in a tensor may be at a limit in some rows: the general kind serves them all.
+        rest = rest._replace(spec=rest.spec._replace(**{**_NO_KIND, **described.numbers}))
+        for field, (argument, tensor) in described.tensors.items():
+            if tensor.requires_grad:
+                raise ValueError(f"{argument}: a constant of the loss; it must not require grad")
+            rows = per_row(tensor, argument, leading, student, dtype)
+            _check_rows(rows, argument, described.names)
+            rest = rest._replace(**{field: rows})
+    tau_s = tau_t = None
+    if isinstance(temperature, Tensor):
+        tau_s = per_row(temperature, "temperature", leading, student, dtype)
+        _check_rows(tau_s, "temperature")
+    if isinstance(teacher_temperature, Tensor):
+        tau_t = per_row(teacher_temperature, "teacher_temperature", leading, student, dtype)
+        _check_rows(tau_t, "teacher_temperature")
+    elif teacher_temperature is None:
+        tau_t = tau_s
+    if isinstance(num_items, Tensor):
+        reduction = S.NAMES[int(rest.spec.reduction)]
+        rest = rest._replace(num_items=_num_items(num_items, reduction, student, dtype))
+    return rest, tau_s, tau_t
+
+
+_NO_KIND = {
+    field: DivergenceSpec._field_defaults[field]
+    for field in (
+        "forward_kl",
+        "reverse_kl",
+        "cross_entropy",
+        "entropy",
+        "kind",
+        "other",
+        "first",
+        "second",
+        "detach_mixture",
+        "outer",
+    )
+}
 
 
 def _spec(
     numbers,
-    names,
     temperature,
     teacher_temperature,
     temperature_squared,
@@ -376,6 +381,14 @@ def _labels(labels: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
     return labels.to(torch.int64).reshape(-1).contiguous()
 
 
+def _weight(weight: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    weight = per_row(weight, "weight", leading, student, compute_dtype(student))
+    _check_rows(weight, "weight")
+    return weight
+
+
 def _mask(mask: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
@@ -407,7 +420,7 @@ def _may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or settings().debug
 
 
-def _check_rows(rows: Tensor, argument: str, student: Tensor, names: tuple[str, ...] = ()) -> None:
+def _check_rows(rows: Tensor, argument: str, names: tuple[str, ...] = ()) -> None:
     """Data of a per-row parameter, where it may be looked at."""
     if not _may_look(rows) or rows.numel() == 0:
         return

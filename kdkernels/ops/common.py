@@ -20,7 +20,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def empty_like(tensor: Tensor) -> Tensor:
     """A contiguous, uninitialised (poisoned) tensor of the same shape and dtype."""
-    return empty(tuple(tensor.shape), tensor.dtype, tensor.device)
+    if _POISON or not tensor.is_contiguous():
+        return empty(tuple(tensor.shape), tensor.dtype, tensor.device)
+    return torch.empty_like(tensor)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -44,22 +44,23 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _forward(student, teacher, weight, tau_s, tau_t, rest, need_student, need_teacher, need_tau):
     """Run the backend once: (value, stats, gradients for upstream 1 or None)."""
-    backend = pick("divergence", student.device.type)
-    z = _rows(student)
-    a = None if teacher is None else _rows(teacher)
+    device = student.device
+    z = student if student.dim() == 2 and student.is_contiguous() else _rows(student)
+    a = teacher
+    if a is not None and not (a.dim() == 2 and a.is_contiguous()):
+        a = _rows(a)
     dtype = compute_dtype(student)
     rows = z.shape[0]
-    shape = (rows,) if rest.spec.reduction == S.NONE else ()
-    value = empty(shape, dtype, z.device)
-    stats = empty((rows, S.STATS), dtype, z.device)
+    value = empty((rows,) if rest.spec.reduction == S.NONE else (), dtype, device)
+    stats = empty((rows, S.STATS), dtype, device)
     grad_student = grad_teacher = grad_tau = None
     if need_student:
         grad_student = z if rest.inplace else empty_like(z)
     if need_teacher:
         grad_teacher = empty_like(a)
     if need_tau:
-        grad_tau = empty((rows, 2), dtype, z.device)
-    backend.divergence_fwd(
+        grad_tau = empty((rows, 2), dtype, device)
+    pick("divergence", device.type).divergence_fwd(
         z,
         a,
         rest.labels,
@@ -81,15 +82,26 @@ def _forward(student, teacher, weight, tau_s, tau_t, rest, need_student, need_te
 
 
 def _backward(
-    student, teacher, tau_s, tau_t, rest, stats, upstream, need_student, need_teacher, need_tau
+    student,
+    teacher,
+    tau_s,
+    tau_t,
+    rest,
+    stats,
+    upstream,
+    need_student,
+    need_teacher,
+    need_tau,
+    inplace=False,
 ):
     """Gradients from the logits and the saved statistics, for `upstream` () or (N,)."""
     backend = pick("divergence", student.device.type)
     z = _rows(student)
     a = None if teacher is None else _rows(teacher)
-    grad_student = empty_like(z) if need_student else None
+    grad_student = (z if inplace else empty_like(z)) if need_student else None
     grad_teacher = empty_like(a) if need_teacher else None
     grad_tau = empty((z.shape[0], 2), stats.dtype, z.device) if need_tau else None
+    upstream = upstream.to(stats.dtype).contiguous()
     backend.divergence_bwd(
         z,
         a,
@@ -100,7 +112,7 @@ def _backward(
         rest.first,
         rest.second,
         stats,
-        upstream.to(stats.dtype).contiguous(),
+        upstream if upstream.dim() == 0 else upstream.view(-1),
         grad_student,
         grad_teacher,
         grad_tau,
@@ -132,7 +144,12 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, weight, tau_s, tau_t, rest):
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
-        scalar = rest.spec.reduction != S.NONE
+        # A float16 gradient for upstream 1 underflows under a mean over many tokens, which is what
+        # GradScaler's upstream is there to prevent: it is made in backward instead.
+        halves = (need_student and student.dtype == torch.float16) or (
+            need_teacher and teacher.dtype == torch.float16
+        )
+        ahead = rest.spec.reduction != S.NONE and not halves
         value, stats, *gradients = _forward(
             student,
             teacher,
@@ -140,45 +157,61 @@ class _Divergence(torch.autograd.Function):
             tau_s,
             tau_t,
             rest,
-            need_student and scalar,
-            need_teacher and scalar,
-            (need_s or need_t) and scalar,
+            need_student and ahead,
+            need_teacher and ahead,
+            (need_s or need_t) and ahead,
         )
-        ctx.rest, ctx.shapes = rest, (student.shape, None if teacher is None else teacher.shape)
-        ctx.prepared = gradients if scalar else None
+        ctx.rest = rest
+        ctx.shape_s, ctx.shape_t = student.shape, None if teacher is None else teacher.shape
+        ctx.prepared = gradients if ahead else None
+        ctx.overwritten = False
         ctx.value = value.detach() if need_weight else None
-        if rest.inplace and need_student:
+        if rest.inplace and need_student and ahead:
             torch.autograd.graph.increment_version(student)
+            ctx.overwritten = True
             ctx.save_for_backward(None, None, tau_s, tau_t, stats if need_weight else None)
         else:
             ctx.save_for_backward(student, teacher, tau_s, tau_t, stats)
+        if not rest.return_stats:
+            return value
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        return (value, stats) if rest.return_stats else value
+        return value, stats
+
+    @staticmethod
+    def backward(ctx, upstream, _=None):
+        # `once_differentiable` costs 5 us a call; only create_graph=True (grad mode on) needs it.
+        if torch.is_grad_enabled():
+            return _Divergence._refusing_backward(ctx, upstream)
+        return _Divergence._gradients(ctx, upstream)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _=None):
+    def _refusing_backward(ctx, upstream):
+        return _Divergence._gradients(ctx, upstream)
+
+    @staticmethod
+    def _gradients(ctx, upstream):
         if upstream is None:
             return None, None, None, None, None, None
-        student, teacher, tau_s, tau_t, stats = ctx.saved_tensors
         need_student, need_teacher, need_weight, need_s, need_t, _ = ctx.needs_input_grad
         rest = ctx.rest
         prepared, ctx.prepared = ctx.prepared, None
-        if prepared is not None:
-            # Upstream is 1 in `loss.backward()`: `scale` looks at it where it lies and returns.
-            grad_student, grad_teacher, grad_tau = prepared
-            device = stats.device if stats is not None else grad_student.device
-            scale = pick("divergence", device.type).scale
-            for gradient in prepared:
-                if gradient is not None:
-                    scale(gradient, upstream)
-        elif rest.inplace and need_student:
+        if prepared is None and ctx.overwritten:
             raise RuntimeError(
                 "kdkernels.divergence(inplace=True): the logits were overwritten by their "
                 "gradient, so backward can run once only; use inplace=False with retain_graph=True"
             )
+        student, teacher, tau_s, tau_t, stats = ctx.saved_tensors
+        if prepared is not None:
+            # Upstream is 1 in `loss.backward()`: `scale` looks at it where it lies and returns.
+            grad_student, grad_teacher, grad_tau = prepared
+            scale = pick("divergence", upstream.device.type).scale
+            for gradient in prepared:
+                if gradient is not None:
+                    scale(gradient, upstream)
         else:
+            inplace = rest.inplace and need_student
             grad_student, grad_teacher, grad_tau = _backward(
                 student,
                 teacher,
@@ -190,20 +223,20 @@ class _Divergence(torch.autograd.Function):
                 need_student,
                 need_teacher,
                 need_s or need_t,
+                inplace,
             )
+            if inplace:
+                torch.autograd.graph.increment_version(student)
+                ctx.overwritten = True
         grad_weight = None
         if need_weight:
             grad_weight = _weight_gradient(stats, ctx.value, upstream, rest.spec)
         grad_s, grad_t = _tau_gradients(grad_tau, need_s, need_t)
-        shape_s, shape_t = ctx.shapes
-        return (
-            None if grad_student is None else grad_student.view(shape_s),
-            None if grad_teacher is None else grad_teacher.view(shape_t),
-            grad_weight,
-            grad_s,
-            grad_t,
-            None,
-        )
+        if grad_student is not None and grad_student.shape != ctx.shape_s:
+            grad_student = grad_student.view(ctx.shape_s)
+        if grad_teacher is not None and grad_teacher.shape != ctx.shape_t:
+            grad_teacher = grad_teacher.view(ctx.shape_t)
+        return grad_student, grad_teacher, grad_weight, grad_s, grad_t, None
 
 
 class _FunctorchDivergence(torch.autograd.Function):

@@ -10,8 +10,8 @@ VALUE_FLOAT32 = 1e-5
 VALUE_FLOAT64 = 1e-12
 
 # A gradient entry is (s_v - q_v S) x factor in float32. exp2 is right to 2.5e-7, the argument of
-# exp2 to half an ulp of |z| log2(e) / tau (2^-23 x |u| ln 2 for |u| <= 64: 5e-6), and the entry is a
-# difference of two such numbers, each at most max(p, q).
+# exp2 to half an ulp of |z| log2(e) / tau (2^-23 x |u| ln 2 for |u| <= 64: 5e-6), and the entry is
+# a difference of two such numbers, each at most max(p, q).
 GRADIENT_FLOAT32 = 1e-5
 GRADIENT_FLOAT64 = 1e-11
 
@@ -44,8 +44,11 @@ def assert_gradient(
     scale: torch.Tensor | float,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """A gradient against float64. `scale` (N, 1) or a number: the size of the terms whose difference
-    an entry is (factor / tau x the row's largest term), which the absolute error is relative to."""
+    """A gradient against float64.
+
+    `scale` (N, 1) or a number: the size of the terms whose difference an entry is (factor / tau x
+    the row's largest term), which the absolute error is relative to.
+    """
     dtype = dtype or actual.dtype
     inner = GRADIENT_FLOAT64 if dtype == torch.float64 else GRADIENT_FLOAT32
     actual, expected = actual.double(), expected.double()

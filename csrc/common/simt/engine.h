@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -21,155 +20,9 @@
 #include <utility>
 #include <vector>
 
-#include "common/simt/fiber.h"
+#include "common/simt/state.h"
 
-struct uint3 {
-  unsigned x, y, z;
-};
-
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-
-inline thread_local uint3 threadIdx{0, 0, 0};
-inline thread_local uint3 blockIdx{0, 0, 0};
-inline thread_local dim3 blockDim{};
-inline thread_local dim3 gridDim{};
-constexpr int warpSize = 32;
-
-namespace simt {
-
-using Stream = void*;
-
-// What a launch is called and how large it is; errors quote all of it.
-struct LaunchInfo {
-  const char* kernel = "a kernel";
-  dim3 grid;
-  dim3 block;
-  size_t shared_bytes = 0;  // dynamic shared memory
-  Stream stream = nullptr;
-  std::string shape;  // free text for error messages, such as "N=4, V=32000"
-};
-
-// kAscending, kDescending: lanes and blocks by number. kShuffled: a new random order in every pass.
-// kWarpAhead: a random warp runs as far as it can before another one moves.
-enum class Order { kAscending, kDescending, kShuffled, kWarpAhead };
-
-namespace host {
-
-struct Schedule {
-  Order order = Order::kAscending;
-  uint64_t seed = 0;
-};
-
-// KDK_SIMT_ORDER=ascending | descending | shuffled[:seed] | warp_ahead[:seed]
-inline Schedule parse_schedule(const char* text) {
-  Schedule schedule;
-  if (!text || !*text) return schedule;
-  const std::string all(text);
-  const size_t colon = all.find(':');
-  const std::string order = all.substr(0, colon);
-  if (colon != std::string::npos) {
-    schedule.seed = std::strtoull(all.c_str() + colon + 1, nullptr, 10);
-  }
-  if (order == "ascending") {
-    schedule.order = Order::kAscending;
-  } else if (order == "descending") {
-    schedule.order = Order::kDescending;
-  } else if (order == "shuffled") {
-    schedule.order = Order::kShuffled;
-  } else if (order == "warp_ahead") {
-    schedule.order = Order::kWarpAhead;
-  } else {
-    throw std::invalid_argument(
-        "KDK_SIMT_ORDER: expected ascending, descending, shuffled[:seed] or warp_ahead[:seed], "
-        "got " +
-        all);
-  }
-  return schedule;
-}
-
-inline Schedule& schedule() {
-  static Schedule current = parse_schedule(std::getenv("KDK_SIMT_ORDER"));
-  return current;
-}
-
-// Where a lane waits.
-struct Site {
-  const char* operation = "";
-  const char* file = "";
-  int line = 0;
-};
-
-inline std::string text(const Site& site) {
-  const char* slash = std::strrchr(site.file, '/');
-  return std::string(site.operation) + " (" + (slash ? slash + 1 : site.file) + ":" +
-         std::to_string(site.line) + ")";
-}
-
-template <class Index>
-std::string text_of_index(const Index& i) {
-  std::ostringstream out;
-  out << '(' << i.x << ',' << i.y << ',' << i.z << ')';
-  return out.str();
-}
-
-// A warp operation: every lane leaves pointers to its operands (they live on its stack while it
-// waits), and the last one to arrive calls `combine`, which writes the results of all.
-struct WarpCall {
-  uint32_t mask = 0;
-  void (*combine)(struct WarpCall* calls, uint32_t present) = nullptr;  // calls[lane in warp]
-  const void* in = nullptr;
-  void* out = nullptr;
-  int source = 0;  // the lane a shuffle reads
-};
-
-enum class LaneState : uint8_t { kReady, kAtBarrier, kInWarpOperation, kDone };
-
-// One cp.async: `bytes` at `to`, of which the first `valid` come from `from` and the rest are zero.
-struct AsyncCopy {
-  void* to;
-  const void* from;
-  uint32_t bytes;
-  uint32_t valid;
-};
-
-struct Lane {
-  Context context;
-  LaneState state = LaneState::kDone;
-  int barrier = 0;
-  uint3 thread{};
-  Site site;
-  void* sanitizer_stack = nullptr;
-  std::vector<AsyncCopy> copies;    // issued, not yet performed, oldest first
-  std::vector<size_t> group_sizes;  // committed groups, oldest first
-  size_t uncommitted = 0;
-};
-
-struct Warp {
-  uint32_t waiting = 0;  // lanes inside a warp operation
-  uint32_t done = 0;     // lanes that returned or never existed
-  WarpCall calls[warpSize];
-};
-
-struct Barrier {
-  int arrived = 0;
-  int expected = 0;  // 0: every lane that has not returned
-  int votes = 0;
-  int last_votes = 0;
-  int last_arrived = 0;
-  Site site;
-};
-
-constexpr int kBarriers = 16;
-constexpr size_t kStaticSharedLimit = 48 << 10;
-// 99 KiB is what every GPU from sm_86 on offers to a block; larger GPUs are asked for by
-// set_shared_limit.
-inline size_t& shared_limit() {
-  static size_t bytes = 99 << 10;
-  return bytes;
-}
+namespace simt::host {
 
 class Engine {
  public:
@@ -198,6 +51,7 @@ class Engine {
   void warp_operation(const WarpCall& call, const Site& site);
   void yield_lane(const Site& site) {
     lane().site = site;
+    yielded_ = true;
     pause();
   }
 
@@ -266,6 +120,7 @@ class Engine {
   uint64_t random_state_ = 0;
   std::string error_;
   bool failed_ = false;
+  bool yielded_ = false;
 };
 
 // ---- launch ------------------------------------------------------------------------------------
@@ -314,7 +169,7 @@ inline void Engine::run(const LaunchInfo& info, void (*body)(void*), void* argum
   const uint64_t blocks = uint64_t{info.grid.x} * info.grid.y * info.grid.z;
   const Order order = schedule().order;
   std::vector<uint32_t> sequence;
-  if (order == Order::kShuffled || order == Order::kWarpAhead) {
+  if (order == Order::kShuffle || order == Order::kWarpAhead) {
     sequence.resize(blocks);
     std::iota(sequence.begin(), sequence.end(), 0u);
     shuffle(sequence);
@@ -406,7 +261,7 @@ inline void Engine::draw_order() {
   if (order == Order::kDescending) {
     for (size_t i = 0; i < order_.size(); ++i) order_[i] = threads_ - 1 - static_cast<int>(i);
   }
-  if (order == Order::kShuffled || order == Order::kWarpAhead) shuffle(order_);
+  if (order == Order::kShuffle || order == Order::kWarpAhead) shuffle(order_);
 }
 
 // One pass over the lanes; false if nobody could run.
@@ -428,8 +283,10 @@ inline bool Engine::run_pass() {
       again = false;
       for (int id = warp * warpSize; id < end; ++id) {
         if (lanes_[id].state != LaneState::kReady) continue;
-        again = moved = true;
+        moved = true;
+        yielded_ = false;
         resume(id);
+        again |= !yielded_;  // a warp that only spins lets the others go on
         if (failed_) return true;
       }
     }
@@ -655,5 +512,4 @@ inline void* Engine::shared_variable(const void* key, size_t bytes, size_t align
   return data;
 }
 
-}  // namespace host
-}  // namespace simt
+}  // namespace simt::host

@@ -1,0 +1,31 @@
+"""Triton kernels on CUDA tensors: the fallback of a GPU for which there is no prebuilt kernel.
+
+Under TRITON_INTERPRET=1, set before triton is imported, the same kernels run in numpy on CPU tensors
+(for tests). float32, float16 and bfloat16; float64 is refused by name.
+"""
+
+import torch
+
+FAMILIES = ("divergence",)
+READS: tuple[str, ...] = ("cuda",)
+
+try:
+    import triton
+except ImportError as error:
+    _reason = f"triton is not installed ({error})"
+else:
+    from .divergence import INTERPRETED, divergence_bwd, divergence_fwd, scale
+
+    _reason = ""
+    if INTERPRETED:
+        READS = ("cuda", "cpu")
+    elif not torch.cuda.is_available():
+        _reason = (
+            f"triton {triton.__version__} finds no CUDA device (TRITON_INTERPRET=1, set before the "
+            "first import of triton, runs the kernels on CPU tensors)"
+        )
+
+
+def why_not() -> str:
+    """Why this backend is not available; empty if it is."""
+    return _reason

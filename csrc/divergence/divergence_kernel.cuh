@@ -1,0 +1,529 @@
+// The row kernels: one block takes a row pair, whatever its length.
+//
+//   1. statistics   one read of both rows; for the linear group also the value, see below
+//   2. terms        a second read: sums of value, student and teacher terms; the linear group skips
+//                   it where its one-pass value is far from cancelling
+//   3. gradient     a last read and the write (in the forward kernel for upstream 1)
+//
+// Every thread of the block gets the same reduced sums and does the row's scalar arithmetic itself:
+// that is cheaper than one thread doing it and a barrier to hand it around.
+//
+// In place (grad_student is student): in step 3 a thread reads its chunk, then writes it; nobody
+// else reads those elements, and the reductions of steps 1 and 2 end with a barrier.
+#pragma once
+
+#include "common/launch.h"
+#include "common/reduce.cuh"
+#include "divergence/divergence_rows.cuh"
+
+namespace kd::cuda {
+
+// ---- 1. statistics -----------------------------------------------------------------------------
+
+// Sums beside the normaliser. kForward: teacher-weighted u difference; kLinear: that and the
+// student's own logit, weighted by either row.
+template <Variant kVariant>
+constexpr int kTeacherSums = kVariant == Variant::kForward ? 2 : kVariant == Variant::kLinear ? 3 : 1;
+template <Variant kVariant>
+constexpr int kStudentSums = kVariant == Variant::kLinear ? 3 : 1;
+
+template <Variant kVariant, class F>
+struct Statistics {
+  OnlineSums<F, kTeacherSums<kVariant>> teacher;
+  OnlineSums<F, kStudentSums<kVariant>> student;
+
+  KD_HOST_DEVICE void merge(const Statistics& other) {
+    teacher.merge(other.teacher);
+    student.merge(other.student);
+  }
+};
+
+template <class F>
+KD_DEVICE F largest(const F (&x)[kChunk]) {
+  F top = x[0];
+#pragma unroll
+  for (int i = 1; i < kChunk; ++i) top = max(top, x[i]);
+  return top;
+}
+
+// The normaliser alone, without weights, at another scale: log-sum-exp for the label at tau = 1.
+template <class F>
+KD_DEVICE void push_plain(OnlineSums<F, 1>& sums, const F (&x)[kChunk], F top, F scale) {
+  if (top * scale > sums.max) sums.raise(top * scale);
+  const F reference = sums.reference();
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) sums.sum[0] = sums.sum[0] + exp2(fma(x[i], scale, -reference));
+}
+
+KD_DEVICE float nearest_integer(float x) { return ::rintf(x); }
+KD_DEVICE double nearest_integer(double x) { return ::rint(x); }
+
+// Where the numbers of the linear group's weights start, so that they stay small.
+template <class F>
+struct Origin {
+  // Teacher minus student at column 0, if both are finite and the temperatures equal. An integer:
+  // taking it off a logit rounds nothing that their difference would not round too.
+  F shift;
+  F student;  // the student's logit at column 0, if finite
+
+  template <class Pair>
+  KD_DEVICE Origin(const Pair& pair, bool same) : shift(F(0)), student(F(0)) {
+    const F z = pair.student_at(0), a = pair.teacher_at(0);
+    if (abs(z) < F(kInfinity)) student = z;
+    if (same && abs(a - z) < F(kInfinity)) shift = nearest_integer(a - z);
+  }
+};
+
+template <Variant kVariant, class Pair, class F>
+KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale,
+                                                 F teacher_scale, const Origin<F>& origin,
+                                                 bool same, bool with_label,
+                                                 OnlineSums<F, 1>& label) {
+  Statistics<kVariant, F> sums;
+  for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
+    F z[kChunk], a[kChunk];
+    pair.load(c, z, a);
+    const F top_z = largest(z), top_a = largest(a);
+    // NaN never raises; it arrives in the sums.
+    if (top_z * student_scale > sums.student.max) sums.student.raise(top_z * student_scale);
+    if (top_a * teacher_scale > sums.teacher.max) sums.teacher.raise(top_a * teacher_scale);
+    const F mz = sums.student.reference(), ma = sums.teacher.reference();
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const F eq = exp2(fma(z[i], student_scale, -mz)), ep = exp2(fma(a[i], teacher_scale, -ma));
+      if constexpr (kVariant == Variant::kForward || kVariant == Variant::kLinear) {
+        const F w = same ? ((a[i] - origin.shift) - z[i]) * student_scale
+                         : fma(a[i], teacher_scale, -(z[i] * student_scale));
+        if constexpr (kVariant == Variant::kForward) {
+          const F none[1] = {F(0)}, weight[1] = {w};
+          sums.student.add(eq, none);
+          sums.teacher.add(ep, weight);
+        } else {
+          const F own = (z[i] - origin.student) * student_scale;
+          const F by_student[2] = {-w, own}, by_teacher[2] = {w, own};
+          sums.student.add(eq, by_student);
+          sums.teacher.add(ep, by_teacher);
+        }
+      } else {
+        const F none[1] = {F(0)};
+        sums.student.add(eq, none);
+        sums.teacher.add(ep, none);
+      }
+    }
+    if (with_label) push_plain(label, z, top_z, F(kLog2E));
+  }
+  sums = block_reduce(sums);
+  if (with_label) label = block_reduce(label);
+  return sums;
+}
+
+// ---- 2. terms ----------------------------------------------------------------------------------
+
+template <class F>
+struct TermSums {
+  F value, student, teacher;
+
+  KD_HOST_DEVICE TermSums() : value(F(0)), student(F(0)), teacher(F(0)) {}
+  KD_HOST_DEVICE void merge(const TermSums& other) {
+    value += other.value;
+    student += other.student;
+    teacher += other.teacher;
+  }
+};
+
+// A logit of -inf does not move, so its term counts only where it is infinite: that is how a row
+// says that it has no gradient (divergence_math.h).
+template <class F>
+KD_DEVICE F moving(F logit, F term) {
+  return logit == F(-kInfinity) && !is_inf(term) ? F(0) : term;
+}
+
+template <Variant kVariant, class Pair, class F>
+KD_DEVICE TermSums<F> row_terms(const Pair& pair, const RowSoftmax<F>& softmax,
+                                const RowKind<F>& kind) {
+  TermSums<F> sums;
+  for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
+    F z[kChunk], a[kChunk];
+    pair.load(c, z, a);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const Terms<F> t = terms<group_of(kVariant)>(softmax.entry(z[i], a[i]), kind);
+      sums.value += t.value;
+      sums.student += moving(z[i], t.student);
+      sums.teacher += moving(a[i], t.teacher);
+    }
+  }
+  return block_reduce(sums);
+}
+
+// A one-pass value is the difference of two sums x and y (log2 units). It is taken only where it is
+// at least a tenth of them and 0.05 nats: then float32 leaves it right to 1e-5.
+template <class F>
+KD_DEVICE bool is_reliable(F value, F x, F y) {
+  return value < F(kInfinity) && value >= F(0.1) * max(max(abs(x), abs(y)), F(0.72));
+}
+
+// Values of the linear group out of the one-pass sums; false where a second read is needed.
+template <Variant kVariant, class F>
+KD_DEVICE bool one_pass_terms(const Statistics<kVariant, F>& sums, const RowSoftmax<F>& softmax,
+                              const Origin<F>& origin, const RowKind<F>& kind, TermSums<F>& out) {
+  if constexpr (kVariant != Variant::kForward && kVariant != Variant::kLinear) {
+    return false;
+  } else {
+    bool reliable = true;
+    const auto add = [&](F coefficient, F x, F y, F& centre) {
+      if (coefficient == F(0)) return;
+      reliable = reliable && is_reliable(x + y, x, y);
+      const F value = coefficient * (F(kLn2) * (x + y));
+      out.value += value;
+      centre += value;
+    };
+    // Sums of s_v and t_v, from linear_terms: reverse KL and the entropy move the student's centre,
+    // forward KL and the cross entropy the teacher's.
+    add(kind.forward_kl, sums.teacher.mean(1), -softmax.gap, out.teacher);
+    if constexpr (kVariant == Variant::kLinear) {
+      const Softmax<F>& s = softmax.student;
+      const F lse = fma(-origin.student, s.scale, s.reference) + s.log2_sum;
+      add(kind.reverse_kl, sums.student.mean(1), softmax.gap, out.student);
+      add(kind.cross_entropy, -sums.teacher.mean(2), lse, out.teacher);
+      add(kind.entropy, -sums.student.mean(2), lse, out.student);
+    }
+    return reliable;
+  }
+}
+
+// ---- the row between its reads -----------------------------------------------------------------
+
+// What is known of a row before its logits are read.
+template <class F>
+struct RowFacts {
+  F student_tau, teacher_tau, first;
+  int64_t label;
+  bool selected;
+  bool valid;  // label and temperatures make sense; if not: loss NaN, gradient 0
+
+  KD_DEVICE RowFacts(const RowParams<F>& params, int64_t row)
+      : student_tau(params.student_temperature.at(row)),
+        teacher_tau(params.teacher_temperature.at(row)),
+        first(params.first.at(row)),
+        label(-1),
+        selected(params.mask == nullptr || params.mask[row * params.mask_stride]),
+        valid(student_tau > F(0) && teacher_tau > F(0)) {
+    if (params.labels) {
+      const int64_t given = params.labels[row * params.labels_stride];
+      selected = selected && given != static_cast<int64_t>(params.spec.ignore_index);
+      if (params.spec.label_weight != 0) {
+        label = given;
+        valid = valid && given >= 0 && given < params.valid_student;
+      }
+    }
+  }
+
+  KD_DEVICE bool same_temperature() const { return student_tau == teacher_tau; }
+};
+
+template <Variant kVariant, class F>
+KD_DEVICE RowKind<F> kind_of(const RowParams<F>& params, int64_t row, F first) {
+  RowKind<F> kind = params.kind;
+  if constexpr (kVariant == Variant::kForward) {
+    // Literal zeros, so that the compiler drops the other three.
+    kind.reverse_kl = kind.cross_entropy = kind.entropy = F(0);
+  } else if constexpr (kVariant != Variant::kLinear) {
+    if (params.kind_per_row) kind = row_kind(params.spec, first, params.second.at(row));
+  }
+  return kind;
+}
+
+// D, its value and slope from the sums; sets the centres to 0 where there is no gradient.
+template <class F>
+KD_DEVICE RowValue<F> value_of(TermSums<F>& sums, const RowParams<F>& params,
+                               const RowFacts<F>& facts, const RowSoftmax<F>& softmax) {
+  const F total = softmax.student.sum + softmax.teacher.sum;
+  if (is_nan(total)) return {total, total, total};
+  if (params.teacher.data && softmax.teacher.is_empty()) {
+    sums = TermSums<F>();
+    return {F(0), F(0), F(0)};
+  }
+  // The logits hold no NaN, so one in the sums comes from inf - inf.
+  if (is_nan(sums.value) || !(abs(sums.student) < F(kInfinity))) {
+    sums.student = sums.teacher = F(0);
+    const F clip = static_cast<F>(params.spec.clip_token);
+    F value = clip > F(0) ? clip : F(kInfinity);
+    if (params.spec.temperature_squared != 0) value *= facts.student_tau * facts.student_tau;
+    return {F(kInfinity), value, F(0)};
+  }
+  RowValue<F> out = finish_row(sums.value, params.spec, facts.first, facts.student_tau);
+  if (!(abs(out.slope) < F(kInfinity))) out.slope = F(0);
+  return out;
+}
+
+// ---- 3. gradient -------------------------------------------------------------------------------
+
+template <class F>
+struct GradientPlan {
+  F student, teacher;      // factor x slope / tau
+  F label;                 // factor x label weight; 0 without a label
+  F centre_s, centre_t;    // S and T of divergence_math.h
+  F label_lse;             // natural log-sum-exp of the student at tau = 1
+  F temperature;           // d(row value)/d tau_s through tau_s^2, times factor
+  int64_t label_column;
+
+  KD_DEVICE GradientPlan(const RowParams<F>& params, const RowFacts<F>& facts, F factor, F slope,
+                         F divergence, const TermSums<F>& sums, F lse, F label_logit)
+      : student(factor * slope / facts.student_tau),
+        teacher(is_inf(sums.teacher) ? F(0) : factor * slope / facts.teacher_tau),
+        label(F(0)),
+        centre_s(sums.student),
+        centre_t(sums.teacher),
+        label_lse(lse),
+        temperature(F(0)),
+        label_column(facts.label) {
+    // A label on a logit of -inf: loss inf, nothing to move.
+    if (label_logit > F(-kInfinity)) label = factor * static_cast<F>(params.spec.label_weight);
+    if (params.spec.temperature_squared != 0) {
+      const F clip = static_cast<F>(params.spec.clip_token);
+      const F clipped = clip > F(0) && divergence > clip ? clip : divergence;
+      temperature = factor * F(2) * facts.student_tau * clipped;
+    }
+  }
+};
+
+template <class F>
+struct PairSum {
+  F student, teacher;
+  KD_HOST_DEVICE PairSum() : student(F(0)), teacher(F(0)) {}
+  KD_HOST_DEVICE void merge(const PairSum& other) {
+    student += other.student;
+    teacher += other.teacher;
+  }
+};
+
+template <class F>
+KD_DEVICE void store_temperatures(const RowParams<F>& params, int64_t row, F student, F teacher) {
+  if (params.grad_temperature == nullptr || threadIdx.x != 0) return;
+  F* out = params.grad_temperature + row * params.grad_temperature_stride;
+  out[0] = student;
+  out[1] = teacher;
+}
+
+// A row whose gradient is the same everywhere: 0, or NaN. Reads no logit.
+template <class Pair, class F>
+KD_DEVICE void fill_gradients(const Pair& pair, const RowParams<F>& params, int64_t row, F value) {
+  F g[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) g[i] = value;
+  for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
+    if (pair.wants_student()) pair.store_student(c, g);
+    if (pair.wants_teacher()) pair.store_teacher(c, g);
+  }
+  store_temperatures(params, row, value, value);
+}
+
+template <Variant kVariant, class Pair, class F>
+KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int64_t row,
+                               const RowSoftmax<F>& softmax, const RowKind<F>& kind,
+                               const GradientPlan<F>& plan) {
+  const bool with_label = plan.label != F(0);
+  const bool label_at_tau = softmax.student.scale == F(kLog2E);
+  PairSum<F> temperatures;
+  for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
+    F z[kChunk], a[kChunk];
+    pair.load(c, z, a);
+    const int64_t label_at = plan.label_column - pair.begin(c);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const Entry<F> e = softmax.entry(z[i], a[i]);
+      const Terms<F> t = terms<group_of(kVariant)>(e, kind);
+      const bool z_moves = z[i] > F(-kInfinity), a_moves = a[i] > F(-kInfinity);
+      // The rows are overwritten here: their logits are not needed any more.
+      F gz = F(0), ga = F(0);
+      if (z_moves && plan.student != F(0)) {
+        gz = plan.student * (t.student - e.q * plan.centre_s);
+        temperatures.student -= e.lq * gz;
+      }
+      if (a_moves && plan.teacher != F(0)) {
+        ga = plan.teacher * (t.teacher - e.p * plan.centre_t);
+        temperatures.teacher -= e.lp * ga;
+      }
+      if (with_label) {
+        const F q = label_at_tau ? e.q : exp2((z[i] - plan.label_lse) * F(kLog2E));
+        if (z_moves) gz += plan.label * (q - (label_at == i ? F(1) : F(0)));
+      }
+      z[i] = gz;
+      a[i] = ga;
+    }
+    if (pair.wants_student()) pair.store_student(c, z);
+    if (pair.wants_teacher()) pair.store_teacher(c, a);
+  }
+  if (params.grad_temperature) {
+    temperatures = block_reduce(temperatures);
+    store_temperatures(params, row, temperatures.student + plan.temperature, temperatures.teacher);
+  }
+}
+
+// ---- kernels -----------------------------------------------------------------------------------
+
+template <Variant kVariant, class TS, class TT, class F>
+KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
+  const RowFacts<F> facts(params, row);
+  const RowPair<TS, TT, F> pair(params, row);
+  F* stats = params.stats + row * params.stats_stride;
+  F unit = F(0), factor = F(0);
+  if (facts.selected) {
+    unit = params.unit_is_ready ? stats[kUnit] : F(1) / params.divisor.at(row);
+    factor = unit * params.weight.at(row);
+  }
+  const bool wants_gradient =
+      pair.wants_student() || pair.wants_teacher() || params.grad_temperature;
+
+  // Everybody has read kUnit before thread 0 writes the row's statistics.
+  const auto write = [&](const RowSoftmax<F>* softmax, const TermSums<F>& sums, F divergence,
+                         F slope, F lse, F value) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    stats[kMaxS] = softmax ? softmax->student.reference : F(0);
+    stats[kSumS] = softmax ? softmax->student.sum : F(0);
+    stats[kMaxT] = softmax ? softmax->teacher.reference : F(0);
+    stats[kSumT] = softmax ? softmax->teacher.sum : F(0);
+    stats[kDivergence] = divergence;
+    stats[kCentreS] = sums.student;
+    stats[kCentreT] = sums.teacher;
+    stats[kSlope] = slope;
+    stats[kLabelLse] = lse;
+    stats[kValue] = value;
+    stats[kFactor] = factor;
+    stats[kUnit] = unit;
+    if (params.value) params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
+  };
+
+  if (!facts.selected || !facts.valid) {
+    const F value = facts.selected ? F(NAN) : F(0);
+    write(nullptr, TermSums<F>(), value, F(0), F(0), value);
+    if (wants_gradient) fill_gradients(pair, params, row, F(0));
+    return;
+  }
+
+  const RowKind<F> kind = kind_of<kVariant>(params, row, facts.first);
+  const bool same = facts.same_temperature(), labelled = facts.label >= 0;
+  const bool label_apart = labelled && facts.student_tau != F(1);
+  const F label_logit = pair.student_at(facts.label);
+  const Origin<F> origin(pair, same);
+  OnlineSums<F, 1> label;
+  const Statistics<kVariant, F> statistics =
+      row_statistics<kVariant>(pair, F(kLog2E) / facts.student_tau, F(kLog2E) / facts.teacher_tau,
+                               origin, same, label_apart, label);
+  const RowSoftmax<F> softmax(
+      Softmax<F>(facts.student_tau, statistics.student.max, statistics.student.sum[0]),
+      Softmax<F>(facts.teacher_tau, statistics.teacher.max, statistics.teacher.sum[0]), same,
+      origin.shift);
+
+  TermSums<F> sums;
+  if (!one_pass_terms(statistics, softmax, origin, kind, sums)) {
+    sums = row_terms<kVariant>(pair, softmax, kind);
+  }
+  const RowValue<F> result = value_of(sums, params, facts, softmax);
+  F value = result.value, lse = F(0);
+  if (labelled) {
+    const Softmax<F> at_one =
+        label_apart ? Softmax<F>(F(1), label.max, label.sum[0]) : softmax.student;
+    lse = F(kLn2) * (at_one.reference + at_one.log2_sum);
+    const F nll = F(kLn2) * (at_one.log2_sum - at_one.exponent(label_logit));
+    value += static_cast<F>(params.spec.label_weight) * nll;
+  }
+  write(&softmax, sums, result.divergence, result.slope, lse, value);
+
+  if (!wants_gradient) return;
+  if (factor == F(0) || is_nan(result.slope)) {
+    return fill_gradients(pair, params, row, factor == F(0) ? F(0) : F(NAN));
+  }
+  write_gradients<kVariant>(pair, params, row, softmax, kind,
+                            GradientPlan<F>(params, facts, factor, result.slope, result.divergence,
+                                            sums, lse, label_logit));
+}
+
+template <Variant kVariant, class TS, class TT, class F>
+KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
+  const RowPair<TS, TT, F> pair(params, row);
+  const F* stats = params.stats + row * params.stats_stride;
+  const F slope = stats[kSlope];
+  const F factor = stats[kFactor] == F(0) ? F(0) : stats[kFactor] * params.upstream.at(row);
+  // A NaN value with a number as slope: the row was refused (label, temperature).
+  if (factor == F(0) || (is_nan(stats[kValue]) && !is_nan(slope))) {
+    return fill_gradients(pair, params, row, F(0));
+  }
+  if (is_nan(slope)) return fill_gradients(pair, params, row, F(NAN));
+  const RowFacts<F> facts(params, row);
+  const RowKind<F> kind = kind_of<kVariant>(params, row, facts.first);
+  const bool same = facts.same_temperature();
+  const RowSoftmax<F> softmax(Softmax<F>(facts.student_tau, stats[kMaxS], stats[kSumS]),
+                              Softmax<F>(facts.teacher_tau, stats[kMaxT], stats[kSumT]), same,
+                              Origin<F>(pair, same).shift);
+  TermSums<F> sums;
+  sums.student = stats[kCentreS];
+  sums.teacher = stats[kCentreT];
+  const GradientPlan<F> plan(params, facts, factor, slope, stats[kDivergence], sums,
+                             stats[kLabelLse], pair.student_at(facts.label));
+  __syncthreads();  // in place: column 0 and the label's logit have been read
+  write_gradients<kVariant>(pair, params, row, softmax, kind, plan);
+}
+
+// 64 registers a thread let two of the largest blocks share a multiprocessor of 65536; where that
+// does not do without spilling, one block may have 128.
+template <Variant kVariant, class TS>
+constexpr int kBlocksPerMultiprocessor =
+    kVariant == Variant::kForward && !std::is_same<TS, AnyFloat>::value ? 2 : 1;
+
+template <Variant kVariant, class TS, class TT, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+    divergence_fwd_row_kernel(const __grid_constant__ RowParams<F> params) {
+  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+    forward_row<kVariant, TS, TT>(params, row);
+  }
+}
+
+template <Variant kVariant, class TS, class TT, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+    divergence_bwd_row_kernel(const __grid_constant__ RowParams<F> params) {
+  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+    backward_row<kVariant, TS, TT>(params, row);
+  }
+}
+
+// ---- launchers ---------------------------------------------------------------------------------
+
+template <Variant kVariant, class TS, class TT, class F>
+void launch_rows_as(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
+  forward ? launch(info, divergence_fwd_row_kernel<kVariant, TS, TT, F>, params)
+          : launch(info, divergence_bwd_row_kernel<kVariant, TS, TT, F>, params);
+}
+
+template <Variant kVariant, class F>
+void launch_rows(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
+  if constexpr (std::is_same<F, float>::value) {
+    // Equal types, the common case, are compiled in; a mixture is looked up chunk by chunk.
+    const DType type = params.student.dtype;
+    if (params.teacher.data == nullptr || params.teacher.dtype == type) {
+      if (type == DType::kFloat32) {
+        return launch_rows_as<kVariant, float, float>(params, forward, info);
+      }
+      if (type == DType::kFloat16) return launch_rows_as<kVariant, f16, f16>(params, forward, info);
+      return launch_rows_as<kVariant, bf16, bf16>(params, forward, info);
+    }
+  }
+  launch_rows_as<kVariant, AnyFloat, AnyFloat>(params, forward, info);
+}
+
+}  // namespace kd::cuda
+
+// Each group is compiled in a file of its own, so that the compilers share the work.
+#if defined(__CUDACC__)
+#define KD_INSTANTIATE_ROWS(variant)              \
+  template void kd::cuda::launch_rows<variant, float>( \
+      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&);
+#else
+#define KD_INSTANTIATE_ROWS(variant)                                   \
+  template void kd::cuda::launch_rows<variant, float>(                 \
+      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&); \
+  template void kd::cuda::launch_rows<variant, double>(                \
+      const kd::cuda::RowParams<double>&, bool, const kd::LaunchInfo&);
+#endif

@@ -1,0 +1,232 @@
+// First pass over a row pair: normalisers and the sums that the KL-type values need, in base 2.
+//
+//   u = z log2(e) / tau_s - max_s      v = a log2(e) / tau_t - max_t      (one fma each)
+//
+// "max" is a lazy reference: the maximum of the row's first block. Any reference serves as long as
+// 2^u stays far from overflow, so no pass looks for the true maximum and nothing is rescaled; a block
+// that exceeds 2^60 restarts the row with the exact maxima, which happens once at most.
+//
+// The fast loop knows neither -inf nor NaN. Either one makes the block's sum of 2^v (v - u) infinite
+// or NaN; only then the block is done again with selects. A logit that is -inf, or so low that it
+// overflows in base 2, becomes kDead: finite, so that 0 * kDead = 0 in every later pass.
+#pragma once
+
+#include "common/simd.h"
+#include "divergence/divergence_rows.h"
+
+namespace kd {
+namespace KDK_ISA_NAMESPACE {
+
+constexpr int64_t kBlock = 1024;      // entries between two checks
+constexpr float kDead = -1e30f;       // stands for log2(0)
+constexpr float kCeiling = 0x1p60f;   // of a block's sum
+constexpr float kUnderflow = -1050;   // 2^this is 0 even in float64
+
+// Columns rounded up to whole vectors.
+template <class V>
+KD_LANES int64_t padded(int64_t columns) {
+  return (columns + V::kLanes - 1) / V::kLanes * V::kLanes;
+}
+
+// One side of a row pair.
+template <class T>
+struct Side {
+  const T* logits;
+  int64_t columns;          // valid ones
+  compute_t<T> scale;       // log2(e) / tau
+  compute_t<T> max;         // the reference, base 2
+};
+
+template <class S>
+struct RowSums {
+  double sum_s = 0, sum_t = 0;  // of 2^u and 2^v
+  double gap = 0;               // of 2^v (v - u)
+  double cross = 0;             // of 2^v u
+  double reachable = 0;         // of 2^v where the student's logit is not -inf
+  bool no_q = false, no_p = false;                  // q = 0 < p, p = 0 < q somewhere
+  bool is_nan = false;
+};
+
+// What the pass leaves in the scratch buffers x and y.
+enum class Keep { kNothing, kExponentials, kLogits };
+
+// 2^x where x is at most a little above 0 in a healthy row; anything above the ceiling otherwise.
+template <class V>
+KD_LANES V lazy_exp2(V x) {
+#if KDK_ISA_LEVEL == 2
+  return exp2(x);
+#else
+  return exp2_nonpositive(min(V(126), x));  // a NaN passes
+#endif
+}
+
+template <class V, class T>
+KD_LANES V load_logits(const T* p, int64_t left) {
+  constexpr auto kNothing = -static_cast<typename V::Scalar>(__builtin_inff());
+  if (left >= V::kLanes) return V::load(p);
+  if (left <= 0) return V(kNothing);
+  return V::load_partial(p, left, kNothing);
+}
+
+// Logits i .. i + kLanes - 1 in base 2 with kDead for what is not there or -inf. NaN stays.
+template <class V, class T>
+KD_LANES V scaled_logits(const Side<T>& side, int64_t i) {
+  const V x = load_logits<V>(side.logits + i, side.columns - i);
+  return max(V(kDead), fms(x, V(side.scale), V(side.max)));
+}
+
+// Largest logit in [begin, end); *bad if one is NaN or +inf.
+template <class T>
+KD_LANES compute_t<T> largest(const Side<T>& side, int64_t begin, int64_t end, bool* bad) {
+  using V = Lanes<T>;
+  const V infinity(static_cast<compute_t<T>>(__builtin_inff()));
+  V top = -infinity;
+  auto broken = V::Mask::first(0);
+  for (int64_t i = begin; i < end; i += V::kLanes) {
+    const V x = load_logits<V>(side.logits + i, (end < side.columns ? end : side.columns) - i);
+    broken = broken | !(x < infinity);
+    top = max(x, top);
+  }
+  *bad = any(broken);
+  return reduce_max(top);
+}
+
+// Fast block of full vectors; true if every sum is finite and below the ceiling.
+template <Keep K, class TS, class TT, class V, class S>
+KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
+                         RowSums<S>* row) {
+  constexpr int kUnroll = 2;
+  constexpr int64_t kStep = kUnroll * V::kLanes;
+  constexpr int64_t kAhead = 4096;  // bytes; longer than the memory's latency, inside the page walk
+  const V scale_s(z.scale), scale_t(a.scale), max_s(z.max), max_t(a.max);
+  V sum_s[kUnroll], sum_t[kUnroll], gap[kUnroll], cross[kUnroll];
+  for (int j = 0; j < kUnroll; ++j) sum_s[j] = sum_t[j] = gap[j] = cross[j] = V::zero();
+  for (int64_t i = begin; i < end; i += kStep) {
+    constexpr int64_t kLineS = 64 / sizeof(TS), kLineT = 64 / sizeof(TT);
+    for (int64_t j = 0; j < kStep; j += kLineS) {
+      prefetch(reinterpret_cast<const char*>(z.logits + i + j) + kAhead);
+    }
+    for (int64_t j = 0; j < kStep; j += kLineT) {
+      prefetch(reinterpret_cast<const char*>(a.logits + i + j) + kAhead);
+    }
+    for (int j = 0; j < kUnroll; ++j) {
+      const int64_t at = i + j * V::kLanes;
+      const V u = fms(V::load(z.logits + at), scale_s, max_s);
+      const V v = fms(V::load(a.logits + at), scale_t, max_t);
+      const V eu = lazy_exp2(u), ev = lazy_exp2(v);
+      sum_s[j] += eu;
+      sum_t[j] += ev;
+      gap[j] = fma(ev, v - u, gap[j]);
+      cross[j] = fma(ev, u, cross[j]);
+      if constexpr (K == Keep::kExponentials) {
+        store(x + at, eu);
+        store(y + at, ev);
+      } else if constexpr (K == Keep::kLogits) {
+        store(x + at, u);
+        store(y + at, v);
+      }
+    }
+  }
+  for (int j = 1; j < kUnroll; ++j) {
+    sum_s[0] += sum_s[j];
+    sum_t[0] += sum_t[j];
+    gap[0] += gap[j];
+    cross[0] += cross[j];
+  }
+  const V ceiling(kCeiling);
+  if (!all((sum_s[0] < ceiling) & (sum_t[0] < ceiling) & is_finite(gap[0]))) return false;
+  row->sum_s += reduce_add_double(sum_s[0]);
+  row->sum_t += reduce_add_double(sum_t[0]);
+  row->gap += reduce_add_double(gap[0]);
+  row->cross += reduce_add_double(cross[0]);
+  return true;
+}
+
+// The same with every special case; also tails, and columns that only one side has. False: the
+// reference is too low.
+template <Keep K, class TS, class TT, class V, class S>
+bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
+                   RowSums<S>* row) {
+  const V dead(kDead), underflow(kUnderflow), zero = V::zero();
+  V sum_s = zero, sum_t = zero, gap = zero, cross = zero, reachable = zero;
+  auto no_q = V::Mask::first(0), no_p = no_q, broken = no_q;
+  for (int64_t i = begin; i < end; i += V::kLanes) {
+    const V u = scaled_logits<V>(z, i), v = scaled_logits<V>(a, i);
+    const auto impossible_q = u <= dead, impossible_p = v <= dead;
+    const V eu = lazy_exp2(u), ev = lazy_exp2(v);
+    sum_s += eu;
+    sum_t += ev;
+    gap = fma(ev, v - u, gap);
+    cross = fma(ev, u, cross);
+    broken = broken | is_nan(u) | is_nan(v);
+    no_q = no_q | (impossible_q & (v > underflow));
+    no_p = no_p | (impossible_p & (u > underflow));
+    const V kept = select(impossible_q, zero, ev);
+    reachable += kept;
+    if constexpr (K == Keep::kExponentials) {
+      store(x + i, eu);
+      store(y + i, kept);  // the gradient of an impossible logit is 0
+    } else if constexpr (K == Keep::kLogits) {
+      store(x + i, u);
+      store(y + i, v);
+    }
+  }
+  row->is_nan |= any(broken);
+  row->no_q |= any(no_q);
+  row->no_p |= any(no_p);
+  const V ceiling(kCeiling);
+  if (!all((sum_s < ceiling) & (sum_t < ceiling))) return false;
+  row->sum_s += reduce_add_double(sum_s);
+  row->sum_t += reduce_add_double(sum_t);
+  row->gap += reduce_add_double(gap);
+  row->cross += reduce_add_double(cross);
+  row->reachable += reduce_add_double(reachable) - reduce_add_double(sum_t);
+  return true;
+}
+
+// Sets the references of both sides and fills x and y (padded to whole vectors).
+template <Keep K, class TS, class TT, class S>
+RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
+  using V = Lanes<TS>;
+  const int64_t common = z->columns < a->columns ? z->columns : a->columns;
+  const int64_t longer = z->columns < a->columns ? a->columns : z->columns;
+  for (bool exact = false;; exact = true) {
+    RowSums<S> row;
+    const auto reference = [&](auto* side) {
+      const int64_t end = exact || side->columns < kBlock ? side->columns : kBlock;
+      bool bad = false;
+      S top = largest(*side, 0, end, &bad) * side->scale;
+      if (!exact && !bad && !(top > S(kDead))) {  // a first block of only -inf says nothing
+        top = largest(*side, 0, side->columns, &bad) * side->scale;
+      }
+      row.is_nan |= bad;
+      side->max = top > S(kDead) && !bad ? top : S(0);
+    };
+    reference(z);
+    reference(a);
+    if (row.is_nan) return row;
+    bool good = true;
+    int64_t done = 0;
+    for (int64_t i = 0; good && i < common; i += kBlock) {
+      const int64_t end = i + kBlock < common ? i + kBlock : common;
+      const int64_t whole = i + (end - i) / (2 * V::kLanes) * (2 * V::kLanes);
+      if (whole > i && !fast_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &row)) {
+        good = careful_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &row);
+      }
+      done = whole;
+    }
+    // The last block's rest, and the columns that only one side has.
+    for (; good && done < longer; done += kBlock) {
+      const int64_t end = done + kBlock < longer ? done + kBlock : longer;
+      good = careful_block<K, TS, TT, V>(*z, *a, done, end, x, y, &row);
+    }
+    if (good || row.is_nan || exact) {
+      row.is_nan |= !good;
+      row.reachable += row.sum_t;
+      return row;
+    }
+  }
+}
+
+}  // namespace KDK_ISA_NAMESPACE
+}  // namespace kd

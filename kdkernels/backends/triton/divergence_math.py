@@ -1,0 +1,355 @@
+"""The maths of csrc/divergence/divergence_math.h in Triton, once, for blocks of float32.
+
+Symbols are those of the C++ header: p, q probabilities of teacher and student, lp, lq their natural
+logarithms, d = log p - log q from the difference of the logits. Each group returns
+
+    value    generator(p, q), non-negative entry by entry
+    student  s = q dD/dq     (+ const q), so that dD/dz = (s - q S) / tau_s with S = sum s
+    teacher  t = p dD/dp     (+ const p), likewise
+
+Where p = 0 or q = 0, d is infinite (0 where both are); every product with it is selected by its
+probability. Rows whose value is infinite are named by flags (`stopped_and_flowing`), so sums of
+such rows may hold anything.
+
+Triton has neither expm1 nor log1p that run everywhere, so their series stand here. Nothing relies on
+the order of a rounding that a fused multiply-add could change.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import spec as S
+
+# Triton reads globals only as constexpr.
+NO_KIND = tl.constexpr(S.KIND_NONE)
+JENSEN_SHANNON = tl.constexpr(S.JENSEN_SHANNON)
+SKEW_FORWARD = tl.constexpr(S.SKEW_FORWARD)
+SKEW_REVERSE = tl.constexpr(S.SKEW_REVERSE)
+TOTAL_VARIATION = tl.constexpr(S.TOTAL_VARIATION)
+SQUARED_HELLINGER = tl.constexpr(S.SQUARED_HELLINGER)
+TRIANGULAR = tl.constexpr(S.TRIANGULAR)
+CHI_SQUARED = tl.constexpr(S.CHI_SQUARED)
+ALPHA_BETA = tl.constexpr(S.ALPHA_BETA)
+ALPHA = tl.constexpr(S.ALPHA)
+SQRT = tl.constexpr(S.SQRT)
+BHATTACHARYYA = tl.constexpr(S.BHATTACHARYYA)
+RENYI = tl.constexpr(S.RENYI)
+
+INFINITY = tl.constexpr(float("inf"))
+LOWEST_LOG = tl.constexpr(-30000.0)  # stands in for log 0 where it is multiplied by an exponent
+
+
+@triton.jit
+def small_gap(x):
+    """e^-x - 1 + x for |x| < 1, right relative to its own size (x^2 / 2 near 0).
+
+    Taylor to degree 11; the first term left out is 6e-9 of the value at |x| = 1.
+    """
+    r = -1.0 / 39916800
+    r = r * x + 1.0 / 3628800
+    r = r * x - 1.0 / 362880
+    r = r * x + 1.0 / 40320
+    r = r * x - 1.0 / 5040
+    r = r * x + 1.0 / 720
+    r = r * x - 1.0 / 120
+    r = r * x + 1.0 / 24
+    r = r * x - 1.0 / 6
+    r = r * x + 0.5
+    return r * x * x
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1: Taylor to degree 8 for |x| < 1/2 (the rest is 1e-8 of the value), else directly."""
+    r = 1.0 / 40320
+    r = r * x + 1.0 / 5040
+    r = r * x + 1.0 / 720
+    r = r * x + 1.0 / 120
+    r = r * x + 1.0 / 24
+    r = r * x + 1.0 / 6
+    r = r * x + 0.5
+    r = r * x + 1.0
+    return tl.where(tl.abs(x) < 0.5, r * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p_series(y):
+    """log(1 + y) for |y| <= 1/2 as 2 artanh(y / (2 + y)); the rest is 2e-8 of the value."""
+    s = y / (2.0 + y)
+    w = s * s
+    r = 2.0 / 15
+    r = r * w + 2.0 / 13
+    r = r * w + 2.0 / 11
+    r = r * w + 2.0 / 9
+    r = r * w + 2.0 / 7
+    r = r * w + 2.0 / 5
+    r = r * w + 2.0 / 3
+    r = r * w + 2.0
+    return r * s
+
+
+@triton.jit
+def log1p(y):
+    return tl.where(tl.abs(y) <= 0.5, log1p_series(y), tl.log(1.0 + y))
+
+
+@triton.jit
+def zero_times(x, y):
+    """x y with 0 where x is 0, even for infinite or NaN y. x >= 0."""
+    return tl.where(x > 0, x * y, 0.0)
+
+
+@triton.jit
+def kl_generator(p, difference, d):
+    """p (e^-d - 1 + d), the generator of KL(p || q) with q = p e^-d; `difference` is q - p."""
+    direct = tl.maximum(difference + zero_times(p, d), 0.0)
+    return tl.where(tl.abs(d) < 1.0, p * small_gap(d), direct)
+
+
+@triton.jit
+def linear_terms(p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
+                 H: tl.constexpr):
+    """f forward KL + r reverse KL + x cross entropy + h entropy; F, R, X, H: which are there.
+
+    Also the summands of S and T, in which sum(q - p) = 0 is used instead of summed: over possible
+    entries the (q - p) of s adds up to the p of the impossible ones, which `centre` takes directly.
+    """
+    value = tl.zeros_like(p)
+    student = tl.zeros_like(p)
+    teacher = tl.zeros_like(p)
+    centre_s = tl.zeros_like(p)
+    centre_t = tl.zeros_like(p)
+    pq = q - p
+    if F:
+        value += f * kl_generator(p, pq, d)
+        rest = f * zero_times(p, d)
+        teacher += rest
+        centre_t += rest
+    if R:
+        value += r * kl_generator(q, -pq, -d)
+        rest = r * zero_times(q, d)
+        student -= rest
+        centre_s -= rest
+        teacher -= r * pq
+    if X:
+        rest = x * zero_times(p, lq)
+        value -= rest
+        teacher -= rest
+        centre_t -= rest
+    if F or X:
+        student += (f + x) * pq
+    if H:
+        rest = h * zero_times(q, lq)
+        value -= rest
+        student -= rest
+        centre_s -= rest
+    return value, student, teacher, centre_s, centre_t
+
+
+@triton.jit
+def mixture_weights(first, KIND: tl.constexpr):
+    """(A, B, w) of A KL(p || M) + B KL(q || M), M = w p + (1 - w) q; scalars of one row."""
+    if KIND == JENSEN_SHANNON:
+        # The ends are forward and reverse KL, the trainers' convention, not the limits (0).
+        a = tl.where(first == 0, 1.0, tl.where(first == 1, 0.0, first))
+        return a, 1.0 - a, first
+    elif KIND == SKEW_FORWARD:
+        return first * 0.0 + 1.0, first * 0.0, first
+    else:
+        return first * 0.0, first * 0.0 + 1.0, 1.0 - first
+
+
+@triton.jit
+def mixture_terms(p, q, d, first, KIND: tl.constexpr, DETACH: tl.constexpr):
+    A, B, w = mixture_weights(first, KIND)
+    v = 1.0 - w
+    above = d >= 0  # p >= q
+    # The larger of p and q is the base: smaller = base ratio = base (1 + t).
+    distance = tl.abs(d)
+    ratio = tl.exp(-distance)
+    t = expm1(-distance)
+    share = tl.where(above, v, w)  # the smaller one's share of M
+    rest = tl.where(above, w, v)
+    bare = share == 1.0  # M is the smaller one itself
+    y = share * t
+    mixed = tl.where(bare, 1.0, rest + share * ratio)  # M / base, without the rounding of 1 + t
+    log_mixed = tl.where(y >= -0.5, log1p_series(tl.maximum(y, -0.5)), tl.log(mixed))
+    log_base = tl.where(bare, distance, -log_mixed)  # log(base / M)
+    log_other = tl.where(bare, 0.0, log_base - distance)
+    inverse = tl.where(bare, 0.0, 1.0 / mixed)
+    other_ratio = tl.where(bare, 1.0, ratio / mixed)
+    xp = tl.where(above, log_base, log_other)  # log(p / M)
+    xq = tl.where(above, log_other, log_base)
+    rp = tl.where(above, inverse, other_ratio)  # p / M
+    rq = tl.where(above, other_ratio, inverse)
+    pq = tl.where(above, -p * t, q * t)  # p - q
+    slant = (A * v - B * w) * pq  # A (p - M) + B (q - M); 0 for Jensen-Shannon
+    value = tl.where(A > 0, A * kl_generator(p, -v * pq, xp), 0.0)
+    value += tl.where(B > 0, B * kl_generator(q, w * pq, xq), 0.0)
+    student = tl.where(B > 0, B * zero_times(q, xq), 0.0)
+    if not DETACH:
+        student -= v * rq * slant
+    teacher = tl.where(A > 0, A * zero_times(p, xp), 0.0) - w * rp * slant
+    exists = tl.maximum(p, q) > 0
+    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
+            tl.where(exists, teacher, 0.0))
+
+
+@triton.jit
+def probability_terms(p, q, d, lp, lq, KIND: tl.constexpr):
+    above = d >= 0
+    distance = tl.abs(d)
+    base = tl.where(above, p, q)
+    # smaller = base (1 + t), sqrt(p q) = base (1 + u).
+    root = tl.exp(-0.5 * distance)
+    u = expm1(-0.5 * distance)
+    t = u * (2.0 + u)
+    if KIND == TOTAL_VARIATION:
+        value = 0.5 * base * tl.abs(t)
+        sign = tl.where(d > 0, -1.0, tl.where(d < 0, 1.0, 0.0))  # of q - p
+        student = 0.5 * q * sign
+        teacher = -0.5 * p * sign
+    elif KIND == SQUARED_HELLINGER:
+        value = 0.5 * base * u * u
+        # (q - sqrt(p q)) / 2 is base u (1 + u) / 2 where p is the base.
+        student = 0.5 * base * u * tl.where(above, root, -1.0)
+        teacher = 0.5 * base * u * tl.where(above, -1.0, root)
+    elif KIND == TRIANGULAR:
+        r = tl.where(above, -t, t) / (2.0 + t)  # (p - q) / (p + q)
+        value = base * tl.abs(t * r)
+        student = -q * r * (2.0 + r)
+        teacher = p * r * (2.0 - r)
+    else:
+        # Chi-squared divides by q: p^2 / q from its logarithm, where 1 + t would round to 0.
+        signed = tl.where(above, -t, t)  # (p - q) / base
+        scaled = tl.where(above, tl.exp(lp + d), q)  # base^2 / q
+        value = scaled * t * t
+        student = -scaled * signed * (2.0 + t)
+        teacher = 2.0 * signed * tl.where(above, scaled, p)
+    exists = base > 0
+    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
+            tl.where(exists, teacher, 0.0))
+
+
+@triton.jit
+def power_terms(p, q, d, lp, lq, alpha, beta):
+    """The AB divergence with its limits on the axes. P = p^s, Q = q^s, W = p^alpha q^beta,
+    s = alpha + beta, g(x, y, l) = y - x + x l:
+
+      D = [g(P, Q, s d) / s - g(P, W, beta d) / beta] / alpha      where |alpha| >= |beta|
+        = [g(Q, P, -s d) / s - g(Q, W, -alpha d) / alpha] / beta   elsewhere
+
+    Neither cancels as the small exponent goes to 0. Exponents are scalars of the row, so a division
+    by one that is 0 is replaced by a division by 1 and not selected.
+    """
+    s = alpha + beta
+    exists = tl.maximum(p, q) > 0
+    d = tl.where(exists, d, 0.0)
+    lp = tl.maximum(lp, LOWEST_LOG)
+    lq = tl.maximum(lq, LOWEST_LOG)
+    P = tl.where(s == 1.0, p, tl.exp(s * lp))
+    Q = tl.where(s == 1.0, q, tl.exp(s * lq))
+    W = tl.exp(alpha * lp + beta * lq)
+    teacher_side = tl.abs(alpha) >= tl.abs(beta)
+    big = tl.where(teacher_side, alpha, beta)
+    little = tl.where(teacher_side, beta, alpha)
+    base = tl.where(teacher_side, P, Q)
+    other = tl.where(teacher_side, Q, P)
+    sd = tl.where(teacher_side, d, -d)
+    safe_s = tl.where(s == 0, 1.0, s)
+    safe_little = tl.where(little == 0, 1.0, little)
+    safe_big = tl.where(big == 0, 1.0, big)
+    safe_alpha = tl.where(alpha == 0, 1.0, alpha)
+    safe_beta = tl.where(beta == 0, 1.0, beta)
+    whole = tl.where(s == 0, 0.0, kl_generator(base, other - base, s * sd) / safe_s)
+    part = tl.where(little == 0, 0.0, kl_generator(base, W - base, little * sd) / safe_little)
+    value = (whole - part) / safe_big
+    # (Q - W) / alpha and (P - W) / beta; their limits are -Q d and P d.
+    x = alpha * d
+    student = tl.where(tl.abs(x) < 0.5, -Q * expm1(x), Q - W) / safe_alpha
+    student = tl.where(alpha == 0, -zero_times(Q, d), student)
+    y = beta * d
+    teacher = tl.where(tl.abs(y) < 0.5, -P * expm1(-y), P - W) / safe_beta
+    teacher = tl.where(beta == 0, zero_times(P, d), teacher)
+    origin = big == 0  # both exponents 0: half the squared log ratio
+    value = tl.where(origin, 0.5 * d * d, value)
+    student = tl.where(origin, -d, student)
+    teacher = tl.where(origin, d, teacher)
+    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
+            tl.where(exists, teacher, 0.0))
+
+
+@triton.jit
+def terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F: tl.constexpr, R: tl.constexpr,
+          X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr):
+    """(value, student, teacher, summand of S, summand of T) of the linear group plus one kind."""
+    value, student, teacher, centre_s, centre_t = linear_terms(
+        p, q, d, lp, lq, f, r, x, h, F, R, X, H)
+    if KIND != NO_KIND:
+        if KIND <= SKEW_REVERSE:
+            v, s, t = mixture_terms(p, q, d, first, KIND, DETACH)
+        elif KIND <= CHI_SQUARED:
+            v, s, t = probability_terms(p, q, d, lp, lq, KIND)
+        else:
+            v, s, t = power_terms(p, q, d, lp, lq, first, second)
+        value += other * v
+        student += other * s
+        teacher += other * t
+        centre_s += other * s
+        centre_t += other * t
+    return value, student, teacher, centre_s, centre_t
+
+
+@triton.jit
+def stopped_and_flowing(no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr,
+                        X: tl.constexpr, KIND: tl.constexpr):
+    """Rows whose value is infinite: (with gradient 0, with the gradient of their finite part).
+
+    no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
+    """
+    flowing = no_q & (first != first)  # false, with the type of a comparison
+    stopped = no_p & (first != first)
+    if F or X:
+        flowing = flowing | no_q
+    if R:
+        stopped = stopped | no_p
+    if KIND == JENSEN_SHANNON:
+        flowing = flowing | (no_q & (first == 0))
+        stopped = stopped | (no_p & (first == 1))
+    elif KIND == SKEW_FORWARD:
+        flowing = flowing | (no_q & (first == 0))
+    elif KIND == SKEW_REVERSE:
+        stopped = stopped | (no_p & (first == 0))
+    elif KIND == CHI_SQUARED:
+        stopped = stopped | no_q
+    elif KIND >= ALPHA_BETA:
+        # q^beta diverges for beta < 0, and beta = 0 keeps p^alpha log(p / q), as forward KL.
+        flowing = flowing | (no_q & (second == 0))
+        stopped = stopped | (no_q & (second < 0)) | (no_p & (first <= 0))
+    return stopped, flowing
+
+
+@triton.jit
+def outer_value(total, first, OUTER: tl.constexpr):
+    """(D, dD/d total) of the row's sum; a derivative that does not exist is 0."""
+    divergence = total
+    slope = tl.where(total == total, 1.0, total)
+    if OUTER == SQRT:
+        divergence = tl.sqrt(total)
+        slope = tl.where(total > 0, 0.5 / tl.where(total > 0, divergence, 1.0), 0.0)
+    elif OUTER == BHATTACHARYYA:
+        left = 1.0 - total
+        divergence = tl.where(left > 0, -log1p(tl.where(left > 0, -total, 0.0)), INFINITY)
+        slope = tl.where(left > 0, 1.0 / tl.where(left > 0, left, 1.0), 0.0)
+    elif OUTER == RENYI:
+        k = first - 1.0
+        inside = first * k * total
+        possible = inside > -1.0
+        safe_k = tl.where(k == 0, 1.0, k)
+        logarithm = log1p(tl.where(possible, inside, 0.0)) / safe_k
+        divergence = tl.where(k == 0, total, tl.where(possible, logarithm, INFINITY))
+        slope = tl.where(possible, first / tl.where(possible, 1.0 + inside, 1.0), 0.0)
+        slope = tl.where(k == 0, 1.0, slope)
+    return divergence, slope
