@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", [](const std::string& name) { kd::set_isa(name.c_str()); });
   m.def("compiled_isas", [] {
     py::list names;
-    for (const char* name : kd::compiled_isas()) names.append(name);
+    for (const kd::Isa isa : kd::kCompiledIsas) names.append(kd::name(isa));
     return names;
   });
   m.def("num_threads", &kd::num_threads);
