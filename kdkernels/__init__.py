@@ -4,9 +4,16 @@ from importlib import metadata as _metadata
 
 from .backends import backends, debug, use_backend
 from .functional import (
+    LayerMatch,
+    Projector,
+    contrastive,
     divergence,
+    feature,
     forward_kl,
     jensen_shannon,
+    match_layers,
+    plackett_luce,
+    ranking,
     relation,
     reverse_kl,
     total_variation,
@@ -18,11 +25,18 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
     __version__ = "0+source"
 
 __all__ = [
+    "LayerMatch",
+    "Projector",
     "backends",
+    "contrastive",
     "debug",
     "divergence",
+    "feature",
     "forward_kl",
     "jensen_shannon",
+    "match_layers",
+    "plackett_luce",
+    "ranking",
     "relation",
     "reverse_kl",
     "total_variation",

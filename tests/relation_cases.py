@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from conftest import _make
 
 import kdkernels as kd
 
@@ -17,6 +19,14 @@ ROW_KINDS = (
 ELEMENT_KINDS = ("mse", "l1", "smooth_l1", "huber", "margin_l1")
 GRAPH_KINDS = ("distance", "angle", "cka")
 KINDS = ROW_KINDS + ELEMENT_KINDS + GRAPH_KINDS
+
+
+@pytest.fixture(params=("torch", "cpu", "simt", "cuda"))
+def backend(request):
+    """The backends that serve relations."""
+    made = _make(request.param)
+    with kd.use_backend(made.name):
+        yield made
 
 
 def options_of(kind: str) -> dict:

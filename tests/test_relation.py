@@ -10,6 +10,7 @@ from relation_cases import (
     KINDS,
     ROW_KINDS,
     assert_same,
+    backend,  # noqa: F401
     gradients,
     options_of,
     tokens,

@@ -160,7 +160,9 @@ def relation(
 
 def _one_direction(kind, s: Graphs, t: Graphs, scales, spec, selection, whole, reducer) -> Tensor:
     clamped = bool(spec.clamped)
-    dense = not hasattr(pick("relation", s.q.device.type), "relation_rows")
+    dense = not torch.compiler.is_compiling() and not hasattr(
+        pick("relation", s.q.device.type), "relation_rows"
+    )
     if (
         whole
         and not clamped

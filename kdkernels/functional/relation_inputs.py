@@ -80,8 +80,8 @@ def _expand(tensor: Tensor, graphs: Graphs, own: int) -> Tensor:
     """[lead..., own dims] -> (H, own dims): a copy of N entries a graph at most."""
     missing = len(graphs.leading) - (tensor.dim() - own)
     shape = tensor.shape[: tensor.dim() - own] + (1,) * missing + tensor.shape[tensor.dim() - own :]
-    tensor = tensor.reshape(shape).expand(*graphs.leading, *shape[len(graphs.leading) :])
-    return tensor.reshape(graphs.q.shape[0], *shape[len(graphs.leading) :])
+    tensor = tensor.reshape(shape).expand((*graphs.leading, *shape[len(graphs.leading) :]))
+    return tensor.reshape((graphs.q.shape[0], *shape[len(graphs.leading) :]))
 
 
 def _check_mask(mask: object, argument: str, graphs: Graphs) -> None:

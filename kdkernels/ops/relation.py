@@ -47,18 +47,15 @@ class _Relation(torch.autograd.Function):
         q_s, k_s, q_t, k_t, scale_s, scale_t, ctx.kind, ctx.spec, ctx.selection, ctx.mode = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        if ctx.mode == "graph":
-            ctx.save_for_backward(*output[3:])
-        else:
-            ctx.save_for_backward(q_s, k_s, q_t, k_t, scale_s, scale_t)
+        prepared = output[3:] if ctx.mode == "graph" else ()
+        ctx.save_for_backward(q_s, k_s, q_t, k_t, scale_s, scale_t, *prepared)
 
     @staticmethod
     def backward(ctx, upstream, *_):
         if upstream is None:
             return (None,) * 10
         if ctx.mode == "graph":
-            saved = [upstream, *ctx.saved_tensors]
-            gradients = _Scale.apply(ctx.needs_input_grad[:6], *saved)
+            gradients = _Scale.apply(ctx.needs_input_grad[:6], upstream, *ctx.saved_tensors)
         else:
             gradients = _Again.apply(
                 upstream, *ctx.saved_tensors, ctx.kind, ctx.spec, ctx.selection, ctx.mode,
@@ -68,14 +65,15 @@ class _Relation(torch.autograd.Function):
 
 
 class _Scale(torch.autograd.Function):
-    """Gradients for upstream 1 times the upstream (H,)."""
+    """Gradients for upstream 1 times the upstream (H,). The inputs are arguments so that a second
+    derivative reaches this node, which refuses it, instead of ending silently."""
 
     vmap = refuse_vmap("relation")
     jvp = refuse_jvp("relation")
 
     @staticmethod
-    def forward(needs, upstream, *prepared):
-        return _scaled(needs, upstream, prepared)
+    def forward(needs, upstream, *tensors):
+        return _scaled(needs, upstream, tensors[6:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -109,6 +107,8 @@ class _Again(torch.autograd.Function):
 def _forward(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, mode) -> tuple:
     """(value, rows, pairs, four gradients, two scale gradients); an empty tensor where none."""
     ahead = spec if mode == "graph" else spec._replace(need_student=0.0, need_teacher=0.0)
+    if not _has_kernels(q_s):
+        return _dense_forward(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, ahead, selection, mode)
     found = stream(
         q_s, k_s, q_t, k_t, scale_s, scale_t, kind, ahead, selection, want_pairs=mode == "pairs"
     )
@@ -119,8 +119,7 @@ def _forward(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, mode) 
         "rows": lambda: found.rows[..., R.VALUE].clone(),
         "pairs": lambda: found.pairs,
     }[mode]()
-    nothing = q_s.new_empty(0)
-    gradients = [nothing if g is None else g for g in found[1:5]]
+    gradients = [q_s.new_empty(0) if g is None else g for g in found[1:5]]
     scales = (per_graph[:, R.SCALE_S].clone(), per_graph[:, R.SCALE_T].clone())
     rows = (counts > 0).sum(1).double()
     return (values, rows, per_graph[:, R.COUNT].clone(), *gradients, *scales)
@@ -138,6 +137,9 @@ def _scaled(needs, upstream: Tensor, prepared) -> tuple:
 
 
 def _again(upstream, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, mode) -> tuple:
+    if not _has_kernels(q_s):
+        tensors = (q_s, k_s, q_t, k_t, scale_s, scale_t)
+        return _dense_gradients(tensors, upstream, kind, spec, selection, mode)[1]
     weight = upstream.to(q_s.dtype)
     option = {"row_weight": weight} if mode == "rows" else {"pair_weight": weight}
     found = stream(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, **option)
@@ -284,6 +286,50 @@ def _dense(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, mode) ->
     return Relations(values if mode == "rows" else values.sum(-1), rows, pairs)
 
 
+def _dense_gradients(tensors, upstream, kind, spec, selection, mode):
+    """(values, gradients of the six inputs) of the dense reference; a scale's are one a graph."""
+    needs = (spec.need_student,) * 2 + (spec.need_teacher,) * 2
+    needs += (spec.need_student, spec.need_teacher)
+    leaves = []
+    for i, (x, need) in enumerate(zip(tensors, needs)):
+        if x is not None and i >= 4:
+            x = x.detach().expand(tensors[0].shape[0]).reshape(-1, 1, 1)
+        leaves.append(None if x is None else x.detach().clone().requires_grad_(bool(need)))
+    with torch.enable_grad():
+        found = _dense(*leaves, kind, spec, selection, mode)
+    gradients = [None] * 6
+    wanted = [i for i, x in enumerate(leaves) if x is not None and x.requires_grad]
+    if wanted and found.value.requires_grad:
+        upstream = torch.ones_like(found.value) if upstream is None else upstream
+        made = torch.autograd.grad(
+            found.value, [leaves[i] for i in wanted], upstream.to(found.value.dtype),
+            allow_unused=True,
+        )
+        for i, gradient in zip(wanted, made):
+            gradients[i] = gradient
+    if upstream is not None and mode != "graph":
+        gradients[4:] = [None if g is None else g.sum() for g in gradients[4:]]
+    return Relations(found.value.detach(), found.rows, found.pairs), gradients
+
+
+def _dense_forward(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, mode) -> tuple:
+    tensors = (q_s, k_s, q_t, k_t, scale_s, scale_t)
+    found, gradients = _dense_gradients(tensors, None, kind, spec, selection, mode)
+    graphs = q_s.shape[0]
+    inputs = [q_s.new_empty(0) if g is None else g for g in gradients[:4]]
+    if spec.need_student and gradients[0] is None:
+        inputs[0] = torch.zeros_like(q_s)
+    scales = [
+        q_s.new_zeros((graphs,), dtype=torch.float64) if g is None else g.reshape(-1).double()
+        for g in gradients[4:]
+    ]
+    return (*found, *inputs, *scales)
+
+
+def _has_kernels(q_s: Tensor) -> bool:
+    return hasattr(pick("relation", q_s.device.type), "relation_rows")
+
+
 def relation(
     q_s: Tensor,
     k_s: Tensor | None,
@@ -298,14 +344,14 @@ def relation(
 ) -> Relations:
     """Row values of two relation maps under autograd; arguments as in relation_stream.stream."""
     tensors = (q_s, k_s, q_t, k_t, scale_s, scale_t)
-    if not hasattr(pick("relation", q_s.device.type), "relation_rows"):
-        return _dense(*tensors, kind, spec, selection, mode)
     needs = [x is not None and x.requires_grad for x in tensors]
     recording = torch.is_grad_enabled()
     spec = spec._replace(
         need_student=float(recording and (needs[0] or needs[1] or needs[4])),
         need_teacher=float(recording and (needs[2] or needs[3] or needs[5])),
     )
+    if not torch.compiler.is_compiling() and not _has_kernels(q_s):
+        return _dense(*tensors, kind, spec, selection, mode)
     if torch.compiler.is_compiling():
         found = torch.ops.kdkernels.relation(*tensors, *selection, kind, list(spec), mode)
     else:
