@@ -18,6 +18,7 @@ from .functional import (
     reverse_kl,
     total_variation,
 )
+from .losses.registry import catalogue, loss
 
 try:
     __version__ = _metadata.version("kdkernels")
@@ -28,12 +29,14 @@ __all__ = [
     "LayerMatch",
     "Projector",
     "backends",
+    "catalogue",
     "contrastive",
     "debug",
     "divergence",
     "feature",
     "forward_kl",
     "jensen_shannon",
+    "loss",
     "match_layers",
     "plackett_luce",
     "ranking",

@@ -51,6 +51,9 @@ def _make(name: str) -> Backend:
 def backend(request):
     """The backend under test, in force for the whole test."""
     made = _make(request.param)
+    family = getattr(request.module, "FAMILY", "divergence")  # of the test module
+    if family not in registry.load(made.name).FAMILIES:
+        pytest.skip(f"{made.name} does not serve the family {family}")
     with kd.use_backend(made.name):
         yield made
 

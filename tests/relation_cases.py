@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from conftest import _make
 
 import kdkernels as kd
 
@@ -19,14 +17,6 @@ ROW_KINDS = (
 ELEMENT_KINDS = ("mse", "l1", "smooth_l1", "huber", "margin_l1")
 GRAPH_KINDS = ("distance", "angle", "cka")
 KINDS = ROW_KINDS + ELEMENT_KINDS + GRAPH_KINDS
-
-
-@pytest.fixture(params=("torch", "cpu", "simt", "cuda"))
-def backend(request):
-    """The backends that serve relations."""
-    made = _make(request.param)
-    with kd.use_backend(made.name):
-        yield made
 
 
 def options_of(kind: str) -> dict:
@@ -55,9 +45,7 @@ def gradients(student, teacher, *args, teacher_grad=False, weight=None, **option
 
     s = tuple(leaf(x) for x in leaves_of(student))
     t = tuple(leaf(x) if teacher_grad else x for x in leaves_of(teacher))
-    scales = {
-        k: leaf(v) for k, v in options.items() if k.endswith("_scale") and torch.is_tensor(v)
-    }
+    scales = {k: leaf(v) for k, v in options.items() if k.endswith("_scale") and torch.is_tensor(v)}
     options = {**options, **scales}
     loss = kd.relation(
         s if isinstance(student, tuple) else s[0],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from relation_cases import backend  # noqa: F401
 
 import kdkernels as kd
+
+FAMILY = "relation"
 
 
 def unit(*shape, dtype=torch.float32, device="cpu"):
@@ -32,16 +33,18 @@ def test_info_nce_is_the_open_form(backend):
     q, k = unit(40, 16, device=backend.device), unit(40, 16, device=backend.device)
     labels = torch.arange(40, device=backend.device)
     both(
-        q, k,
+        q,
+        k,
         lambda q, k: kd.contrastive(q, k, scale=14.3),
         lambda q, k: F.cross_entropy(14.3 * q @ k.T, labels),
     )
     both(
-        q, k,
+        q,
+        k,
         lambda q, k: kd.contrastive(q, k, scale=14.3, symmetric=True),
         lambda q, k: (
-            F.cross_entropy(14.3 * q @ k.T, labels) + F.cross_entropy(14.3 * k @ q.T, labels)
-        ) / 2,
+            (F.cross_entropy(14.3 * q @ k.T, labels) + F.cross_entropy(14.3 * k @ q.T, labels)) / 2
+        ),
     )
 
 
@@ -66,7 +69,8 @@ def test_positives_of_every_form(backend):
     q, k = unit(7, 8, device=backend.device), unit(9, 8, device=backend.device)
     index = torch.tensor([3, 1, 0, 8, 8, 2, 5], device=backend.device)
     both(
-        q, k,
+        q,
+        k,
         lambda q, k: kd.contrastive(q, k, positives=index, scale=5.0),
         lambda q, k: F.cross_entropy(5 * q @ k.T, index),
     )
@@ -100,7 +104,8 @@ def test_labels_queue_offset_and_masks(backend):
         return rows[same.any(-1)].mean()
 
     both(
-        x, x,
+        x,
+        x,
         lambda q, k: kd.contrastive(q, k, labels=labels, exclude_diagonal=True, scale=10.0),
         supervised,
     )
@@ -110,7 +115,8 @@ def test_labels_queue_offset_and_masks(backend):
     on[rows, rows + 3] = True
     wide = queue.double()
     both(
-        x, keys,
+        x,
+        keys,
         lambda q, k: kd.contrastive(q, k, queue=queue, row_offset=3, scale=4.0, mask=on),
         lambda q, k: F.cross_entropy(
             (4 * q @ torch.cat([k, wide]).T).masked_fill(~on, -torch.inf), rows + 3
@@ -129,9 +135,14 @@ def test_targets(backend):
 
     for target in ((tq, tk), soft.float()):
         both(
-            q, k,
-            lambda q, k: kd.contrastive(  # noqa: B023
-                q, k, scale=6.0, target=target, label_mix=0.3  # noqa: B023
+            q,
+            k,
+            lambda q, k: kd.contrastive(
+                q,
+                k,
+                scale=6.0,
+                target=target,
+                label_mix=0.3,
             ),
             expected,
         )
@@ -155,9 +166,7 @@ def _rank(rank: int, path: str, q: torch.Tensor, k: torch.Tensor, results) -> No
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     own = slice(rank * 5, rank * 5 + 5)
     a, b = q[own].clone().requires_grad_(), k[own].clone().requires_grad_()
     for symmetric in (False, True):

@@ -10,7 +10,6 @@ from relation_cases import (
     KINDS,
     ROW_KINDS,
     assert_same,
-    backend,  # noqa: F401
     gradients,
     options_of,
     tokens,
@@ -18,6 +17,8 @@ from relation_cases import (
 
 import kdkernels as kd
 from kdkernels.ops import relation_stream
+
+FAMILY = "relation"
 
 STREAMED = [k for k in KINDS if k != "cka"]
 
@@ -106,7 +107,12 @@ def test_values_of_rows_and_pairs_have_gradients(backend, chunking, kind):
     weight = torch.rand(size, device=backend.device)
     assert kd.relation(student, teacher, kind, reduction="none", **options_of(kind)).shape == size
     assert_same(
-        student, teacher, kind, reduction="none", weight=weight, teacher_grad=True,
+        student,
+        teacher,
+        kind,
+        reduction="none",
+        weight=weight,
+        teacher_grad=True,
         **options_of(kind),
     )
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from relation_cases import KINDS, backend, gradients, options_of, tokens  # noqa: F401
+from relation_cases import KINDS, gradients, options_of, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 from kdkernels.functional import relation_closed
 from kdkernels.ops import relation_stream
+
+FAMILY = "relation"
 
 COMPILED = ["softmax_kl", "softmax_reverse_kl", "margin_l1", "mse", "distance", "angle"]
 
@@ -44,7 +46,7 @@ def test_functorch(kernel_backend):
     student, teacher = (tokens(2, 9, 4, device=kernel_backend.device) for _ in range(2))
     for reduction in ("mean", "none"):
         found = torch.func.grad(
-            lambda s: kd.relation(s, teacher, reduction=reduction).sum()  # noqa: B023
+            lambda s: kd.relation(s, teacher, reduction=reduction).sum()
         )(student)
         _, (expected,) = gradients(student, teacher, reduction=reduction)
         torch.testing.assert_close(found, expected)
@@ -138,8 +140,11 @@ def test_closed_forms_equal_the_walk(kind, masked, monkeypatch):
         mask = torch.rand(2, 60) < 0.8 if masked else None
         for similarity in ("dot", "cosine"):
             options = {
-                "similarity": similarity, "mask": mask, "teacher_grad": True,
-                "student_scale": torch.tensor(0.9), "teacher_scale": torch.tensor(1.1 - gap / 10),
+                "similarity": similarity,
+                "mask": mask,
+                "teacher_grad": True,
+                "student_scale": torch.tensor(0.9),
+                "teacher_scale": torch.tensor(1.1 - gap / 10),
             }
             with kd.use_backend("cpu"):
                 monkeypatch.setattr(relation_closed, "is_cheaper", lambda s, t: True)

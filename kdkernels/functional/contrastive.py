@@ -94,8 +94,12 @@ def contrastive(
         if queue is not None or mask is not None or rows != key.shape[0]:
             raise ValueError("symmetric: needs N = M, no queue and no mask")
         options = dict(
-            scale=scale, label_mix=label_mix, group=group, row_offset=row_offset,
-            exclude_diagonal=exclude_diagonal, reduction=reduction,
+            scale=scale,
+            label_mix=label_mix,
+            group=group,
+            row_offset=row_offset,
+            exclude_diagonal=exclude_diagonal,
+            reduction=reduction,
         )
         forward = contrastive(query, key, target=target, **options)
         turned = None if target is None else target[::-1]
@@ -166,9 +170,10 @@ def _scale(scale, query: Tensor) -> Tensor:
         if scale.numel() != 1:
             raise ValueError(f"scale: expected one number, got shape {tuple(scale.shape)}")
         return scale.reshape(()).to(query)
-    return torch.full_like(query[0, 0] if query.numel() else query.new_zeros(()), check_number(
-        scale, "scale", positive=True
-    )).detach()
+    return torch.full_like(
+        query[0, 0] if query.numel() else query.new_zeros(()),
+        check_number(scale, "scale", positive=True),
+    ).detach()
 
 
 def _selection(mask, query: Tensor, keys: Tensor):
@@ -271,7 +276,15 @@ def _teacher_rows(query, keys, scale, target, queue, spec, selection) -> Tensor:
             f"and {k.shape[0]}"
         )
     found = ops.relation(
-        query[None], keys[None], q[None], k[None], scale, scale.detach(),
-        "softmax_cross_entropy", spec, selection, "rows",
+        query[None],
+        keys[None],
+        q[None],
+        k[None],
+        scale,
+        scale.detach(),
+        "softmax_cross_entropy",
+        spec,
+        selection,
+        "rows",
     )
     return found.value[0]

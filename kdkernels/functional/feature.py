@@ -204,9 +204,7 @@ def match_layers(
     if not count_s or not count_t:
         raise ValueError("students, teachers: expected at least one layer each")
     if rule == "uniform":
-        return [
-            LayerMatch(i, max(((i + 1) * count_t) // count_s - 1, 0)) for i in range(count_s)
-        ]
+        return [LayerMatch(i, max(((i + 1) * count_t) // count_s - 1, 0)) for i in range(count_s)]
     if rule == "last":
         if count_t < count_s:
             raise ValueError(f"rule: 'last' needs {count_s} teacher layers, got {count_t}")
@@ -215,13 +213,9 @@ def match_layers(
         if not isinstance(weights, Tensor) or tuple(weights.shape) != (count_s, count_t):
             raise ValueError(f"weights: expected a tensor of shape ({count_s}, {count_t})")
         shares = weights.softmax(-1)
-        return [
-            LayerMatch(i, j, shares[i, j]) for i in range(count_s) for j in range(count_t)
-        ]
+        return [LayerMatch(i, j, shares[i, j]) for i in range(count_s) for j in range(count_t)]
     if rule not in ("min", "min_k"):
-        raise ValueError(
-            f"rule: expected one of uniform, last, min, min_k, learned, got {rule!r}"
-        )
+        raise ValueError(f"rule: expected one of uniform, last, min, min_k, learned, got {rule!r}")
     keep = 1 if rule == "min" else keep
     if not isinstance(keep, int) or not 1 <= keep <= count_t:
         raise ValueError(f"keep: expected an integer from 1 to {count_t}, got {keep!r}")

@@ -102,14 +102,18 @@ def _scores(student, teacher, mask):
     elif mask.dtype != torch.bool or mask.shape != student.shape:
         raise ValueError(f"mask: expected bool of shape {tuple(student.shape)}")
     s, t = student.to(dtype), teacher.detach().to(dtype)
-    return torch.where(mask, s, torch.zeros_like(s)), torch.where(mask, t, torch.zeros_like(t)), mask
+    return (
+        torch.where(mask, s, torch.zeros_like(s)),
+        torch.where(mask, t, torch.zeros_like(t)),
+        mask,
+    )
 
 
 def teacher_ranks(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Ranks from 1 within each list, best first; candidates without mask come last."""
     if mask is not None:
         scores = torch.where(mask, scores, torch.full_like(scores, -torch.inf))
-    order = scores.argsort(-1, descending=True, stable=True)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
     return (order.argsort(-1) + 1).to(scores.dtype)
 
 
@@ -137,7 +141,7 @@ def _values(s, t, mask, kind, labels, temperature, soft, margin, discount):
         low = torch.where(mask, t, torch.full_like(t, -torch.inf))
         if labels is not None:
             low = low.scatter(-1, labels[..., None], torch.inf)
-        order = low.argsort(-1, descending=True, stable=True)
+        order = low.argsort(dim=-1, descending=True, stable=True)
         taken = mask.gather(-1, order).to(s.dtype)
         scores = torch.where(mask, s, torch.full_like(s, -torch.inf))
         return plackett_luce(scores, order, taken, reduction="none"), mask.any(-1)
@@ -148,9 +152,7 @@ def _values(s, t, mask, kind, labels, temperature, soft, margin, discount):
         return gap.square(), mask[..., :1] & mask[..., 1:]
     if kind == "adr_mse":
         over = ((s[..., None, :] - s[..., :, None]) / temperature).sigmoid()
-        others = mask[..., None, :] & ~torch.eye(
-            s.shape[-1], dtype=torch.bool, device=s.device
-        )
+        others = mask[..., None, :] & ~torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
         soft_ranks = 1 + torch.where(others, over, torch.zeros_like(over)).sum(-1)
         ranks = teacher_ranks(t, mask)
         values = (soft_ranks - ranks).square()

@@ -151,9 +151,7 @@ def relation(
     loss = _one_direction(kind, s, t, scales, spec, selection, whole, reducer)
     if both_directions:
         turned = selection_of(_turned(mask), s, block_ids(block, s))[0]
-        other = _one_direction(
-            kind, s.turned(), t.turned(), scales, spec, turned, whole, reducer
-        )
+        other = _one_direction(kind, s.turned(), t.turned(), scales, spec, turned, whole, reducer)
         loss = (loss + other) / 2
     return loss
 

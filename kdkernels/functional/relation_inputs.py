@@ -189,9 +189,7 @@ def normalised(
         return F.normalize(x, dim=-1, eps=R.NORM_FLOOR)
 
     if similarity == "cosine":
-        graphs = graphs._replace(
-            q=unit(graphs.q), k=None if graphs.k is None else unit(graphs.k)
-        )
+        graphs = graphs._replace(q=unit(graphs.q), k=None if graphs.k is None else unit(graphs.k))
     if kind in ("distance", "angle"):
         # The same shift on both sides of a difference changes nothing, so it carries no gradient.
         x = graphs.q.detach() if graphs.k is None else graphs.k.detach()

@@ -58,7 +58,12 @@ class _Relation(torch.autograd.Function):
             gradients = _Scale.apply(ctx.needs_input_grad[:6], upstream, *ctx.saved_tensors)
         else:
             gradients = _Again.apply(
-                upstream, *ctx.saved_tensors, ctx.kind, ctx.spec, ctx.selection, ctx.mode,
+                upstream,
+                *ctx.saved_tensors,
+                ctx.kind,
+                ctx.spec,
+                ctx.selection,
+                ctx.mode,
                 ctx.needs_input_grad[:6],
             )
         return (*gradients, None, None, None, None)
@@ -180,8 +185,17 @@ def _op(q_s, k_s, q_t, k_t, scale_s, scale_t, *rest):
 def _op_again(upstream, q_s, k_s, q_t, k_t, scale_s, scale_t, *rest):
     *selection, kind, spec, mode = rest
     found = _again(
-        upstream, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, RelationSpec(*spec),
-        Selection(*selection), mode,
+        upstream,
+        q_s,
+        k_s,
+        q_t,
+        k_t,
+        scale_s,
+        scale_t,
+        kind,
+        RelationSpec(*spec),
+        Selection(*selection),
+        mode,
     )
     return tuple(q_s.new_empty(0) if g is None else g for g in found)
 
@@ -302,7 +316,9 @@ def _dense_gradients(tensors, upstream, kind, spec, selection, mode):
     if wanted and found.value.requires_grad:
         upstream = torch.ones_like(found.value) if upstream is None else upstream
         made = torch.autograd.grad(
-            found.value, [leaves[i] for i in wanted], upstream.to(found.value.dtype),
+            found.value,
+            [leaves[i] for i in wanted],
+            upstream.to(found.value.dtype),
             allow_unused=True,
         )
         for i, gradient in zip(wanted, made):

@@ -66,8 +66,10 @@ class _Side:
         self.dq = self.dk = None
         if need:
             self.dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-            self.dk = self.dq if self.itself else torch.zeros_like(
-                k, memory_format=torch.contiguous_format
+            self.dk = (
+                self.dq
+                if self.itself
+                else torch.zeros_like(k, memory_format=torch.contiguous_format)
             )
 
     def products(self, graphs: slice, rows: slice, out: Tensor) -> None:
@@ -104,8 +106,21 @@ class _Side:
         self.dk[graphs] += weights.sum(1)[:, :, None] * k - torch.bmm(weights.mT, q)
 
 
-def _walk(student, teacher, scales, kind, spec, selection, out, *, norms=None, means=None,
-          row_weight=None, pair_weight=None, pairs=None):
+def _walk(
+    student,
+    teacher,
+    scales,
+    kind,
+    spec,
+    selection,
+    out,
+    *,
+    norms=None,
+    means=None,
+    row_weight=None,
+    pair_weight=None,
+    pairs=None,
+):
     """One walk over the maps with the row kernel; fills `out` (H, N, ROW)."""
     device = student.q.device.type
     graphs, rows = student.q.shape[:2]
@@ -208,8 +223,18 @@ def stream(
     teacher = None if q_t is None else _Side(q_t, k_t, need_t, symmetric)
     out = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
     pairs = empty((graphs, rows, columns), q_s.dtype, q_s.device) if want_pairs else None
-    _walk(student, teacher, (scale_s, scale_t), kind, spec, selection, out,
-          row_weight=row_weight, pair_weight=pair_weight, pairs=pairs)
+    _walk(
+        student,
+        teacher,
+        (scale_s, scale_t),
+        kind,
+        spec,
+        selection,
+        out,
+        row_weight=row_weight,
+        pair_weight=pair_weight,
+        pairs=pairs,
+    )
     return Streamed(
         out,
         student.dq,
@@ -307,7 +332,14 @@ def _angle(q_s, q_t, spec, selection, row_weight) -> Streamed:
             if mask is not None:
                 tokens = (mask[j, None] & mask[None, :]).contiguous()
             part = stream(
-                unit_s, None, unit_t, None, one, one, "smooth_l1", spec,
+                unit_s,
+                None,
+                unit_t,
+                None,
+                one,
+                one,
+                "smooth_l1",
+                spec,
                 Selection(row_mask=tokens, column_mask=tokens),
             )
             out[h, j] = part.rows.sum(1)
