@@ -117,7 +117,7 @@ def test_plackett_luce_golden_value(backend):
     expected = torch.tensor(
         [0.1375162784, -0.2365580851, 0.1433103771, -0.0442685703], dtype=torch.float64
     )
-    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 6e-11)):
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-10)):
         if dtype not in backend.dtypes:
             continue
         x = torch.tensor(STUDENT, dtype=dtype, requires_grad=True)
