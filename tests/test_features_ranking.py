@@ -25,7 +25,10 @@ def normal(*shape, dtype=torch.float32):
         ("huber", lambda s, t: F.huber_loss(s, t, delta=0.5)),
         ("cosine", lambda s, t: (1 - F.cosine_similarity(s, t, dim=-1)).mean()),
         ("margin_cosine", lambda s, t: (0.9 - F.cosine_similarity(s, t, dim=-1)).relu().mean()),
-        ("log_sigmoid_cosine", lambda s, t: -F.logsigmoid(F.cosine_similarity(s, t, dim=-1)).mean()),
+        (
+            "log_sigmoid_cosine",
+            lambda s, t: -F.logsigmoid(F.cosine_similarity(s, t, dim=-1)).mean(),
+        ),
         (
             "normalized_mse",
             lambda s, t: (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1).mean(),
@@ -80,12 +83,17 @@ def test_layer_map_and_projectors():
     students = [teachers[4] + 0.01, teachers[1] + 0.01, teachers[2] - 0.01]
 
     def pairs(rule, **options):
-        return [(m.student, m.teacher) for m in kd.match_layers(students, teachers, rule=rule, **options)]
+        return [
+            (m.student, m.teacher)
+            for m in kd.match_layers(students, teachers, rule=rule, **options)
+        ]
 
     assert pairs("uniform") == [(0, 1), (1, 3), (2, 5)]
     assert pairs("last") == [(0, 3), (1, 4), (2, 5)]
     assert pairs("min") == [(0, 4), (1, 1), (2, 2)]
-    assert [m.weight for m in kd.match_layers(students, teachers, rule="min_k", keep=2)] == [0.5] * 6
+    assert [m.weight for m in kd.match_layers(students, teachers, rule="min_k", keep=2)] == [
+        0.5
+    ] * 6
     weights = torch.zeros(3, 6, requires_grad=True)
     learned = kd.match_layers(students, teachers, rule="learned", weights=weights)
     sum(m.weight * (m.teacher + 1) for m in learned).backward()
@@ -140,10 +148,7 @@ def test_plackett_luce_rows(backend):
             (rows * upstream.to(rows.dtype)).sum().backward()
             y = scores.double().requires_grad_()
             expected = torch.stack(
-                [
-                    open_plackett_luce(y[i], order[i], weights.to(same)[i].double())
-                    for i in range(3)
-                ]
+                [open_plackett_luce(y[i], order[i], weights.to(same)[i].double()) for i in range(3)]
             )
             (expected * upstream).sum().backward()
             torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)

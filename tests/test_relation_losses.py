@@ -28,7 +28,9 @@ def row_kl(a, z):
 
 
 def check(loss, expected, rtol=1e-5, atol=1e-7):
-    torch.testing.assert_close(loss.double(), torch.as_tensor(expected).double(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        loss.double(), torch.as_tensor(expected).double(), rtol=rtol, atol=atol
+    )
 
 
 def test_minilm():
@@ -82,7 +84,9 @@ def test_tinyclip_and_clip_kd():
     assert float(kd.loss("gd")(s, s, student_scale=9.0, teacher_scale=9.0)) == 0.0
     assert float(kd.loss("gd")(s, t, student_scale=9.0, teacher_scale=9.0)) > 0.0
     wide = kd.loss("afd", student_dim=5, teacher_dim=5)
-    assert bool(wide(s, t).isfinite()) and wide.fusion_scale.item() == pytest.approx(2.659, abs=1e-3)
+    assert bool(wide(s, t).isfinite()) and wide.fusion_scale.item() == pytest.approx(
+        2.659, abs=1e-3
+    )
     with pytest.raises(ValueError, match="student_scale"):
         kd.loss("tinyclip")(s, t)
 
@@ -260,7 +264,9 @@ def test_unic_and_mmd():
         both = (cosine + F.smooth_l1_loss(s, t, reduction="none").mean(-1)) / 2
         return both.reshape(4, -1).mean(1)
 
-    rows = [(one(s[0], t[0]) + one(s[1], t[1])) / 2 for s, t in zip(students, teachers, strict=True)]
+    rows = [
+        (one(s[0], t[0]) + one(s[1], t[1])) / 2 for s, t in zip(students, teachers, strict=True)
+    ]
     check(kd.loss("unic", drop_probability=0.0)(students, teachers), torch.stack(rows).mean())
     dropped = kd.loss("unic", drop_probability=1.0)(students, teachers)
     check(dropped, torch.stack(rows).amax(0).mean())
@@ -342,7 +348,8 @@ def test_ranking_losses():
     check(kd.loss("first")(s, t, labels), 10 * weighted + F.cross_entropy(s, labels))
     check(kd.loss("listnet", temperature=2.0)(s, t), row_kl(t / 2, s / 2))
     check(
-        kd.loss("score_kl", temperature=2.0, teacher_temperature=3.0)(s, t), 4 * row_kl(t / 3, s / 2)
+        kd.loss("score_kl", temperature=2.0, teacher_temperature=3.0)(s, t),
+        4 * row_kl(t / 3, s / 2),
     )
     soft = kd.ranking(s, t, soft=True)
     check(kd.loss("dear")(s, t), 0.9 * soft + 0.1 * 4 * row_kl(t / 2, s / 2))
@@ -358,14 +365,17 @@ def test_ranking_losses():
         terms = [s[i][order[k:]].logsumexp(0) - s[i][order[k]] for k in range(5)]
         expected.append((w * torch.stack(terms)).sum())
     check(kd.loss("pld")(s, t, labels), sum(expected) / 2)
-    same = kd.loss("bialign")(s, t, student_scores=t, teacher_scores=t)
+    # Evenly spaced scores in the teacher's order just meet every pair's margin; turned round, each
+    # pair is behind by twice its margin, whose mean over pairs of 3 is (1/2 + 1/2 + 1) / 3.
+    even = torch.tensor([[0.0, 1.0, 2.0]])
+    same = kd.loss("bialign")(s, t, student_scores=5 * even, teacher_scores=even)
     check(same, row_kl(t, s))
+    turned = kd.loss("bialign", weight=3.0)(s, t, student_scores=-even, teacher_scores=even)
+    check(turned, row_kl(t, s) + 3 * 2 * 2 / 3)
     layers = [(normal(3, 4), normal(6, 4)) for _ in range(2)]
     other = [(normal(3, 5), normal(6, 5)) for _ in range(2)]
     nll = torch.tensor([0.3, 1.2])
-    parts = [
-        row_kl(b[0] @ b[1].T / 2, a[0] @ a[1].T) for a, b in zip(layers, other, strict=True)
-    ]
+    parts = [row_kl(b[0] @ b[1].T / 2, a[0] @ a[1].T) for a, b in zip(layers, other, strict=True)]
     w = (-nll).softmax(0)
     expected = w[0] * parts[0] + w[1] * parts[1]
     check(kd.loss("lead", temperature=2.0)(layers, other, teacher_nll=nll), expected)

@@ -93,8 +93,12 @@ def eager_minilmv2(student, teacher, mask, heads):
 def train(teacher, tokens, fused: bool) -> list[float]:
     torch.manual_seed(1)
     config = transformers.BertConfig(
-        vocab_size=teacher.config.vocab_size, hidden_size=96, num_hidden_layers=3,
-        num_attention_heads=4, intermediate_size=192, hidden_dropout_prob=0.0,
+        vocab_size=teacher.config.vocab_size,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     student = transformers.BertModel(config, add_pooling_layer=False)

@@ -12,7 +12,6 @@ from ..backends import relation_spec as R
 from ..backends.registry import pick
 from ..backends.relation_spec import RelationSpec
 from ..ops import relation as ops
-from ..ops.relation_stream import Selection
 from . import relation_closed as closed
 from .checks import check_floats, check_number, same_device
 from .relation_inputs import (

@@ -22,7 +22,6 @@ from ..spec import DivergenceSpec
 from ..torch import selection, unit_factors
 from .divergence_math import (
     ALPHA,
-    ALPHA_BETA,
     INFINITY,
     NO_KIND,
     SKEW_REVERSE,
