@@ -45,9 +45,11 @@ def test_second_derivative_is_refused(kernel_backend):
 def test_functorch(kernel_backend):
     student, teacher = (tokens(2, 9, 4, device=kernel_backend.device) for _ in range(2))
     for reduction in ("mean", "none"):
-        found = torch.func.grad(lambda s: kd.relation(s, teacher, reduction=reduction).sum())(
-            student
-        )
+
+        def total(s, reduction=reduction):
+            return kd.relation(s, teacher, reduction=reduction).sum()
+
+        found = torch.func.grad(total)(student)
         _, (expected,) = gradients(student, teacher, reduction=reduction)
         torch.testing.assert_close(found, expected)
     with pytest.raises(NotImplementedError, match="vmap"):

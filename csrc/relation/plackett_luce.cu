@@ -1,6 +1,6 @@
-// CUDA: one block a row, each thread a contiguous stretch of the order. A stretch is one log-sum-exp
-// from behind and one affine map P -> A P + B from the front, so that two short scans over the
-// threads join the stretches.
+// CUDA: one block a row, each thread a contiguous stretch of the order. A stretch is one
+// log-sum-exp from behind and one affine map P -> A P + B from the front, so that two short scans
+// over the threads join the stretches.
 #include "common/launch.h"
 #include "common/reduce.cuh"
 #include "relation/plackett_luce_check.h"

@@ -16,8 +16,7 @@ inline void check_plackett_luce(const PlackettLuceArgs& a) {
            shape_text(a.order));
   check_rows(a.order, "order", rows, a.order.shape[1]);
   check_dtype(a.order, "order", DType::kInt64);
-  const DType compute =
-      a.scores.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const DType compute = a.scores.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   if (a.weights) {
     check_rows(a.weights, "weights", rows, a.order.shape[1]);
     check_dtype(a.weights, "weights", compute);

@@ -19,8 +19,8 @@ void run_rows(const PlackettLuceArgs& a, int64_t begin, int64_t end) {
     SuffixLse running;
     suffix[static_cast<size_t>(count)] = -kInfinity;
     for (int64_t k = count - 1; k >= 0; --k) {
-      KD_CHECK(order[k] >= 0 && order[k] < width, "order: expected ids in [0, ", width,
-               "), got ", order[k], " in row ", r);
+      KD_CHECK(order[k] >= 0 && order[k] < width, "order: expected ids in [0, ", width, "), got ",
+               order[k], " in row ", r);
       const double score = static_cast<double>(to_float(scores[order[k]]));
       const double weight = weights ? static_cast<double>(weights[k]) : 1.0;
       running.push(score);

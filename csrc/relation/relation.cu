@@ -109,9 +109,8 @@ KD_DEVICE void normalisers(const RelationRows& call, const RowContext<F>& row, C
     sums.value[0] = static_cast<double>(s), sums.value[1] = static_cast<double>(t);
     sums = block_reduce(sums);
     const double s_lse = static_cast<double>(top_s) + log(sums.value[0]);
-    const double t_lse = relation::has_teacher(kKind)
-                             ? static_cast<double>(top_t) + log(sums.value[1])
-                             : s_lse;
+    const double t_lse =
+        relation::has_teacher(kKind) ? static_cast<double>(top_t) + log(sums.value[1]) : s_lse;
     c.s = static_cast<F>(s_lse), c.t = static_cast<F>(t_lse);
     c.shift = static_cast<F>(t_lse - s_lse);
     *lse_s = s_lse;
@@ -146,14 +145,14 @@ KD_DEVICE void normalisers(const RelationRows& call, const RowContext<F>& row, C
 
 // Rows: one block each. Threads: kThreads. Products in, gradients out, in place.
 template <Kind kKind, class F>
-__global__ void __launch_bounds__(kThreads) relation_row_kernel(RelationRows call) {
+__global__ void __launch_bounds__(kThreads, 2) relation_row_kernel(RelationRows call) {
   const int64_t index = blockIdx.x + static_cast<int64_t>(blockIdx.y) * gridDim.x;
   if (index >= call.graphs * call.chunk_rows) return;
   const RowContext<F> row(call, index);
   double* out = call.rows + index * kRelationRow;
   const bool need_s = call.need_student, need_t = call.need_teacher;
-  F* pair_value = call.pair_value ? static_cast<F*>(call.pair_value) + index * call.columns
-                                  : nullptr;
+  F* pair_value =
+      call.pair_value ? static_cast<F*>(call.pair_value) + index * call.columns : nullptr;
   Sums<1> selected;
   if (call.selection.row(row.h, row.r)) {
     for (int64_t j = threadIdx.x; j < call.columns; j += kThreads) {
@@ -192,8 +191,8 @@ __global__ void __launch_bounds__(kThreads) relation_row_kernel(RelationRows cal
   const F mix = static_cast<F>(call.label_mix), kept = labelled ? F(1) - mix : F(1);
   F weight(1);
   if (call.row_weight) {
-    weight = static_cast<const F*>(call.row_weight)[row.h * call.row_weight_stride[0] +
-                                                    row.r * call.row_weight_stride[1]];
+    weight = static_cast<const F*>(
+        call.row_weight)[row.h * call.row_weight_stride[0] + row.r * call.row_weight_stride[1]];
   }
   const F* pair_weight = nullptr;
   if (call.pair_weight) {
@@ -302,7 +301,11 @@ void launch_relation_row(const RelationRows& call, Stream stream) {
   constexpr int64_t kWide = int64_t{1} << 30;
   const dim3 grid(static_cast<unsigned>(rows < kWide ? rows : kWide),
                   static_cast<unsigned>((rows + kWide - 1) / kWide));
-  LaunchInfo info{"relation_row", grid, dim3(kThreads), 0, stream,
+  LaunchInfo info{"relation_row",
+                  grid,
+                  dim3(kThreads),
+                  0,
+                  stream,
                   "H=" + std::to_string(call.graphs) + ", R=" + std::to_string(call.chunk_rows) +
                       ", M=" + std::to_string(call.columns)};
   launch(info, relation_row_kernel<kKind, F>, call);
@@ -328,20 +331,34 @@ void relation_rows(const RelationArgs& args) {
   DeviceGuard guard(args.student.device_index);
   const Stream stream = static_cast<Stream>(args.stream);
   switch (call.kind) {
-    case Kind::kSoftmaxKl: return launch_typed<Kind::kSoftmaxKl>(call, stream);
-    case Kind::kSoftmaxCrossEntropy: return launch_typed<Kind::kSoftmaxCrossEntropy>(call, stream);
-    case Kind::kSoftmaxReverseKl: return launch_typed<Kind::kSoftmaxReverseKl>(call, stream);
-    case Kind::kSoftmaxMse: return launch_typed<Kind::kSoftmaxMse>(call, stream);
-    case Kind::kMse: return launch_typed<Kind::kMse>(call, stream);
-    case Kind::kL1: return launch_typed<Kind::kL1>(call, stream);
-    case Kind::kSmoothL1: return launch_typed<Kind::kSmoothL1>(call, stream);
-    case Kind::kHuber: return launch_typed<Kind::kHuber>(call, stream);
-    case Kind::kMarginL1: return launch_typed<Kind::kMarginL1>(call, stream);
-    case Kind::kGramRowL2: return launch_typed<Kind::kGramRowL2>(call, stream);
-    case Kind::kGramRowL1: return launch_typed<Kind::kGramRowL1>(call, stream);
-    case Kind::kLogSumExp: return launch_typed<Kind::kLogSumExp>(call, stream);
-    case Kind::kDistanceSum: return launch_typed<Kind::kDistanceSum>(call, stream);
-    case Kind::kDistance: return launch_typed<Kind::kDistance>(call, stream);
+    case Kind::kSoftmaxKl:
+      return launch_typed<Kind::kSoftmaxKl>(call, stream);
+    case Kind::kSoftmaxCrossEntropy:
+      return launch_typed<Kind::kSoftmaxCrossEntropy>(call, stream);
+    case Kind::kSoftmaxReverseKl:
+      return launch_typed<Kind::kSoftmaxReverseKl>(call, stream);
+    case Kind::kSoftmaxMse:
+      return launch_typed<Kind::kSoftmaxMse>(call, stream);
+    case Kind::kMse:
+      return launch_typed<Kind::kMse>(call, stream);
+    case Kind::kL1:
+      return launch_typed<Kind::kL1>(call, stream);
+    case Kind::kSmoothL1:
+      return launch_typed<Kind::kSmoothL1>(call, stream);
+    case Kind::kHuber:
+      return launch_typed<Kind::kHuber>(call, stream);
+    case Kind::kMarginL1:
+      return launch_typed<Kind::kMarginL1>(call, stream);
+    case Kind::kGramRowL2:
+      return launch_typed<Kind::kGramRowL2>(call, stream);
+    case Kind::kGramRowL1:
+      return launch_typed<Kind::kGramRowL1>(call, stream);
+    case Kind::kLogSumExp:
+      return launch_typed<Kind::kLogSumExp>(call, stream);
+    case Kind::kDistanceSum:
+      return launch_typed<Kind::kDistanceSum>(call, stream);
+    case Kind::kDistance:
+      return launch_typed<Kind::kDistance>(call, stream);
   }
 }
 

@@ -9,7 +9,8 @@
 // So no map of N x N is ever held: a chunk has R rows, whatever N is.
 //
 //   a = clamp(scale * product)      the similarity, for both sides
-//   softmax kinds                   p = softmax(a_teacher), q = softmax(a_student) over the selected
+//   softmax kinds                   p = softmax(a_teacher), q = softmax(a_student) over the
+//   selected
 //                                   columns of a row
 //
 // Kind                     row value (sums over the selected columns)
@@ -63,25 +64,26 @@ struct RelationSpec {
   double block = 0;                           // 1: same block only, 2: different blocks only
   double beta = 1;                            // smooth_l1, huber, distance
   double margin = 0;
-  double clamped = 0, clamp = 0;              // lower bound on both maps
+  double clamped = 0, clamp = 0;  // lower bound on both maps
   double label_mix = 0;
-  double first_row = 0;                       // number of the chunk's first row in the map
-  double diagonal = 0;                        // column of row 0's own entry (sharded rows)
+  double first_row = 0;  // number of the chunk's first row in the map
+  double diagonal = 0;   // column of row 0's own entry (sharded rows)
 };
 
-#define KD_RELATION_SPEC_FIELDS(X)                                                            \
-  X(kind) X(need_student) X(need_teacher) X(causal) X(exclude_diagonal) X(block) X(beta)      \
-  X(margin) X(clamped) X(clamp) X(label_mix) X(first_row) X(diagonal)
+#define KD_RELATION_SPEC_FIELDS(X)                                                         \
+  X(kind)                                                                                  \
+  X(need_student) X(need_teacher) X(causal) X(exclude_diagonal) X(block) X(beta) X(margin) \
+      X(clamped) X(clamp) X(label_mix) X(first_row) X(diagonal)
 
 // What forward reports of each row, float64.
 enum RelationRow : int {
-  kRowValue = 0,     // the row value, not weighted
-  kRowCount = 1,     // selected columns
-  kRowScaleS = 2,    // sum of (d value / d product) * product / scale: d value / d student scale
-  kRowScaleT = 3,    //   distance: sum over d > 0 of (d value / d (d_s / mean_s)) d_s
-  kRowWeightS = 4,   // distance kinds: sum of the row's weights W
+  kRowValue = 0,    // the row value, not weighted
+  kRowCount = 1,    // selected columns
+  kRowScaleS = 2,   // sum of (d value / d product) * product / scale: d value / d student scale
+  kRowScaleT = 3,   //   distance: sum over d > 0 of (d value / d (d_s / mean_s)) d_s
+  kRowWeightS = 4,  // distance kinds: sum of the row's weights W
   kRowWeightT = 5,
-  kRowSumS = 6,      // distance_sum: sum d_s, and the columns with d_s > 0
+  kRowSumS = 6,  // distance_sum: sum d_s, and the columns with d_s > 0
   kRowSumT = 7,
   kRowPositiveS = 8,
   kRowPositiveT = 9,
@@ -101,11 +103,11 @@ struct RelationArgs {
   View column_block;   // (H, M) int64
   View row_weight;     // (H, R) compute dtype: multiplies the gradients, or none
   View pair_weight;    // (H, R, M) compute dtype: multiplies each entry's gradient, or none
-  View norms;          // (4, H, max(N, M)) distance kinds: squared norms: student rows, student columns,
-                       //   teacher rows, teacher columns; rows counted in the whole map
-  View means;          // (H, 2) distance: mean positive distance of student and teacher
-  View pair_value;     // (H, R, M) compute dtype: the element kinds' entries, or none
-  View rows;           // (H, R, kRelationRow) float64
+  View norms;  // (4, H, max(N, M)) distance kinds: squared norms: student rows, student columns,
+               //   teacher rows, teacher columns; rows counted in the whole map
+  View means;  // (H, 2) distance: mean positive distance of student and teacher
+  View pair_value;  // (H, R, M) compute dtype: the element kinds' entries, or none
+  View rows;        // (H, R, kRelationRow) float64
   RelationSpec spec;
   void* stream = nullptr;
 };

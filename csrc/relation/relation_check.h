@@ -11,8 +11,8 @@ inline RelationRows resolve_relation_inline(const RelationArgs& a) {
   RelationRows out;
   const RelationSpec& spec = a.spec;
   const int kind = static_cast<int>(spec.kind);
-  KD_CHECK(kind >= 0 && kind < kRelationKinds, "kind: expected 0 to ", kRelationKinds - 1,
-           ", got ", kind);
+  KD_CHECK(kind >= 0 && kind < kRelationKinds, "kind: expected 0 to ", kRelationKinds - 1, ", got ",
+           kind);
   out.kind = static_cast<RelationKind>(kind);
   KD_CHECK(a.student.ndim == 3, "student: expected products (H, R, M), got ",
            shape_text(a.student));
@@ -90,8 +90,8 @@ inline RelationRows resolve_relation_inline(const RelationArgs& a) {
   select.exclude_diagonal = spec.exclude_diagonal != 0;
   select.first_row = static_cast<int64_t>(spec.first_row);
   select.diagonal = static_cast<int64_t>(spec.diagonal);
-  out.masked = a.column_mask || a.pair_mask || spec.block != 0 || select.causal ||
-               select.exclude_diagonal;
+  out.masked =
+      a.column_mask || a.pair_mask || spec.block != 0 || select.causal || select.exclude_diagonal;
   if (a.row_weight) {
     matrix(a.row_weight, "row_weight", R, compute, out.row_weight_stride);
     out.row_weight = a.row_weight.data;
@@ -132,9 +132,8 @@ inline RelationRows resolve_relation_inline(const RelationArgs& a) {
   out.need_teacher = spec.need_teacher != 0 && out.teacher != nullptr;
   out.clamped = spec.clamped != 0;
   out.beta = spec.beta, out.margin = spec.margin, out.clamp = spec.clamp;
-  out.label_mix = relation::is_softmax(out.kind) && relation::has_teacher(out.kind)
-                      ? spec.label_mix
-                      : 0.0;
+  out.label_mix =
+      relation::is_softmax(out.kind) && relation::has_teacher(out.kind) ? spec.label_mix : 0.0;
   return out;
 }
 

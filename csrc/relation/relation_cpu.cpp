@@ -22,8 +22,8 @@ template <class T>
 struct Row {
   const RelationRows& call;
   int64_t h, r;
-  T* student;        // (M)
-  T* teacher;        // (M), or the student again
+  T* student;  // (M)
+  T* teacher;  // (M), or the student again
   T scale_s, scale_t;
   const T *column_norms_s, *column_norms_t;  // distance kinds
   T row_norm_s, row_norm_t;
@@ -44,9 +44,7 @@ struct Row {
       column_norms_t = norms + 3 * c.norms_stride[0];
     }
   }
-  KD_LANES int64_t own() const {
-    return call.selection.first_row + r + call.selection.diagonal;
-  }
+  KD_LANES int64_t own() const { return call.selection.first_row + r + call.selection.diagonal; }
 };
 
 // Calls fn(j, n, selected) for the vectors of a row (n valid lanes from column j) and flush() after
@@ -164,9 +162,8 @@ KD_LANES void normalisers(const Row<T>& row, Constants<V>& c, double* lse_s) {
         },
         flush);
     const double s_lse = static_cast<double>(max_s) + __builtin_log(s.total);
-    const double t_lse = relation::has_teacher(kKind)
-                             ? static_cast<double>(max_t) + __builtin_log(t.total)
-                             : s_lse;
+    const double t_lse =
+        relation::has_teacher(kKind) ? static_cast<double>(max_t) + __builtin_log(t.total) : s_lse;
     c.s = V(static_cast<T>(s_lse)), c.t = V(static_cast<T>(t_lse));
     c.shift = V(static_cast<T>(t_lse - s_lse));
     *lse_s = s_lse;
@@ -254,8 +251,8 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
 
   T weight(1);
   if (call.row_weight) {
-    weight = static_cast<const T*>(call.row_weight)[row.h * call.row_weight_stride[0] +
-                                                    row.r * call.row_weight_stride[1]];
+    weight = static_cast<const T*>(
+        call.row_weight)[row.h * call.row_weight_stride[0] + row.r * call.row_weight_stride[1]];
   }
   const T* pair_weight = nullptr;
   if (call.pair_weight) {
@@ -273,7 +270,8 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
     relation::gradient<kKind>(x.as, x.at, c, &gs, &gt);
     if (pair_weight) {
       T gathered[V::kLanes];
-      for (int64_t i = 0; i < n; ++i) gathered[i] = pair_weight[(j + i) * call.pair_weight_stride[2]];
+      for (int64_t i = 0; i < n; ++i)
+        gathered[i] = pair_weight[(j + i) * call.pair_weight_stride[2]];
       const V w = load_lanes<V>(gathered, n);
       gs *= w, gt *= w;
     }
@@ -344,8 +342,7 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
   if ((need_s || need_t) && !fused) {
     c.es = V(static_cast<T>(es.total)), c.et = V(static_cast<T>(et.total));
     each_vector<T, kMasked>(
-        row,
-        [&](int64_t j, int64_t n, M m) { write(similarities<kKind>(row, c, j, n), j, n, m); },
+        row, [&](int64_t j, int64_t n, M m) { write(similarities<kKind>(row, c, j, n), j, n, m); },
         [&] { scale_s.flush(), scale_t.flush(); });
   }
 
@@ -386,20 +383,34 @@ void run_typed(const RelationRows& call, int64_t begin, int64_t end) {
 
 void relation_row_range(const RelationRows& call, int64_t begin, int64_t end) {
   switch (call.kind) {
-    case Kind::kSoftmaxKl: return run_typed<Kind::kSoftmaxKl>(call, begin, end);
-    case Kind::kSoftmaxCrossEntropy: return run_typed<Kind::kSoftmaxCrossEntropy>(call, begin, end);
-    case Kind::kSoftmaxReverseKl: return run_typed<Kind::kSoftmaxReverseKl>(call, begin, end);
-    case Kind::kSoftmaxMse: return run_typed<Kind::kSoftmaxMse>(call, begin, end);
-    case Kind::kMse: return run_typed<Kind::kMse>(call, begin, end);
-    case Kind::kL1: return run_typed<Kind::kL1>(call, begin, end);
-    case Kind::kSmoothL1: return run_typed<Kind::kSmoothL1>(call, begin, end);
-    case Kind::kHuber: return run_typed<Kind::kHuber>(call, begin, end);
-    case Kind::kMarginL1: return run_typed<Kind::kMarginL1>(call, begin, end);
-    case Kind::kGramRowL2: return run_typed<Kind::kGramRowL2>(call, begin, end);
-    case Kind::kGramRowL1: return run_typed<Kind::kGramRowL1>(call, begin, end);
-    case Kind::kLogSumExp: return run_typed<Kind::kLogSumExp>(call, begin, end);
-    case Kind::kDistanceSum: return run_typed<Kind::kDistanceSum>(call, begin, end);
-    case Kind::kDistance: return run_typed<Kind::kDistance>(call, begin, end);
+    case Kind::kSoftmaxKl:
+      return run_typed<Kind::kSoftmaxKl>(call, begin, end);
+    case Kind::kSoftmaxCrossEntropy:
+      return run_typed<Kind::kSoftmaxCrossEntropy>(call, begin, end);
+    case Kind::kSoftmaxReverseKl:
+      return run_typed<Kind::kSoftmaxReverseKl>(call, begin, end);
+    case Kind::kSoftmaxMse:
+      return run_typed<Kind::kSoftmaxMse>(call, begin, end);
+    case Kind::kMse:
+      return run_typed<Kind::kMse>(call, begin, end);
+    case Kind::kL1:
+      return run_typed<Kind::kL1>(call, begin, end);
+    case Kind::kSmoothL1:
+      return run_typed<Kind::kSmoothL1>(call, begin, end);
+    case Kind::kHuber:
+      return run_typed<Kind::kHuber>(call, begin, end);
+    case Kind::kMarginL1:
+      return run_typed<Kind::kMarginL1>(call, begin, end);
+    case Kind::kGramRowL2:
+      return run_typed<Kind::kGramRowL2>(call, begin, end);
+    case Kind::kGramRowL1:
+      return run_typed<Kind::kGramRowL1>(call, begin, end);
+    case Kind::kLogSumExp:
+      return run_typed<Kind::kLogSumExp>(call, begin, end);
+    case Kind::kDistanceSum:
+      return run_typed<Kind::kDistanceSum>(call, begin, end);
+    case Kind::kDistance:
+      return run_typed<Kind::kDistance>(call, begin, end);
   }
 }
 

@@ -1,5 +1,5 @@
-// CPU: checks, then rows in parallel. Each row is summed by itself, so the bits do not depend on the
-// number of threads.
+// CPU: checks, then rows in parallel. Each row is summed by itself, so the bits do not depend on
+// the number of threads.
 #include "common/parallel.h"
 #include "relation/relation_check.h"
 

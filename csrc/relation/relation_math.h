@@ -13,19 +13,25 @@ namespace kd::relation {
 
 using Kind = RelationKind;
 
-constexpr double kNormFloor = 1e-12;       // gram_row_l2: floor of a row's norm
-constexpr double kSquaredFloor = 1e-12;    // distance: floor of a squared distance
+constexpr double kNormFloor = 1e-12;     // gram_row_l2: floor of a row's norm
+constexpr double kSquaredFloor = 1e-12;  // distance: floor of a squared distance
 constexpr double kPktEpsilon = 1e-7;
 
 constexpr bool is_softmax(Kind kind) {
   return kind <= Kind::kSoftmaxMse || kind == Kind::kLogSumExp;
 }
-constexpr bool is_gram(Kind kind) { return kind == Kind::kGramRowL2 || kind == Kind::kGramRowL1; }
+constexpr bool is_gram(Kind kind) {
+  return kind == Kind::kGramRowL2 || kind == Kind::kGramRowL1;
+}
 constexpr bool is_distance(Kind kind) {
   return kind == Kind::kDistanceSum || kind == Kind::kDistance;
 }
-constexpr bool is_element(Kind kind) { return kind >= Kind::kMse && kind <= Kind::kMarginL1; }
-constexpr bool has_teacher(Kind kind) { return kind != Kind::kLogSumExp; }
+constexpr bool is_element(Kind kind) {
+  return kind >= Kind::kMse && kind <= Kind::kMarginL1;
+}
+constexpr bool has_teacher(Kind kind) {
+  return kind != Kind::kLogSumExp;
+}
 // The student's gradient of an entry needs no sum over the row's values.
 constexpr bool is_fused(Kind kind) {
   return is_element(kind) || is_distance(kind) || kind == Kind::kSoftmaxKl ||
@@ -49,9 +55,9 @@ struct ScalarOf<double> {
 // What is the same for all entries of a row.
 template <class F>
 struct Constants {
-  F s, t;        // softmax: log-sum-exp; gram: 1 / norm; distance: 1 / mean
-  F shift;       // softmax: lse_t - lse_s, rounded once
-  F es, et;      // sums of Terms::es and Terms::et over the row
+  F s, t;    // softmax: log-sum-exp; gram: 1 / norm; distance: 1 / mean
+  F shift;   // softmax: lse_t - lse_s, rounded once
+  F es, et;  // sums of Terms::es and Terms::et over the row
   F beta, margin, clamp;
   bool clamped;
   bool floored_s, floored_t;  // gram_row_l2: the norm is at its floor and carries no gradient

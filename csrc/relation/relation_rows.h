@@ -29,8 +29,8 @@ struct RelationSelection {
   // Column j of row r of this chunk, in graph h; the row itself is selected.
   KD_HOST_DEVICE bool entry(int64_t h, int64_t r, int64_t j) const {
     const int64_t own = first_row + r + diagonal;
-    bool on = column_mask == nullptr ||
-              column_mask[h * column_stride[0] + j * column_stride[1]] != 0;
+    bool on =
+        column_mask == nullptr || column_mask[h * column_stride[0] + j * column_stride[1]] != 0;
     if (pair_mask != nullptr) {
       const int64_t p = pair_index == nullptr ? h : pair_index[h * index_stride];
       on = on && pair_mask[p * pair_stride[0] + r * pair_stride[1] + j * pair_stride[2]] != 0;
@@ -67,7 +67,6 @@ struct RelationRows {
   double beta = 1, margin = 0, clamp = 0, label_mix = 0;
   RelationSelection selection;
 };
-
 
 // Rows [begin, end) of the H * R rows of the chunk, which are independent of each other.
 KD_DECLARE_PER_ISA(void relation_row_range(const RelationRows& call, int64_t begin, int64_t end))

@@ -1,7 +1,7 @@
 """Torch reference of the relation losses: dense maps, float64, gradients by autograd.
 
-The oracle of the tests, and the path of the backend "torch". It holds N x M maps; the kernels of the
-other backends never do.
+The oracle of the tests, and the path of the backend "torch". It holds N x M maps; the kernels of
+the other backends never do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def selected_pairs(
     diagonal: int,
 ) -> Tensor:
     """(H, N, M) bool: the conjunction of all that was given."""
-    graphs, rows, columns = shape
+    _, rows, columns = shape
     on = torch.ones(shape, dtype=torch.bool, device=device)
     if row_mask is not None:
         on = on & row_mask[:, :, None]

@@ -59,15 +59,15 @@ def relation(
     student that requires grad the gradient is made in the same pass as the value.
 
     Args:
-        student: X [..., N, d] (relation of X with itself), or a pair (Q [..., N, d], K [..., M, d]).
+        student: X [..., N, d] (X with itself), or a pair (Q [..., N, d], K [..., M, d]).
             float32, float16, bfloat16 or float64; half types are computed in float32.
         teacher: the same form with its own width; gets a gradient only where it requires one.
         kind: with a = scale x similarity, p = softmax of the teacher's row, q of the student's:
             "softmax_kl" sum p log(p/q) (MiniLM, Wang et al., 2020), "softmax_cross_entropy"
             -sum p log q (TinyCLIP, Wu et al., 2023), "softmax_reverse_kl" sum q log(q/p),
             "softmax_mse" sum (q - p)^2: one value a row;
-            "mse", "l1", "smooth_l1" (beta), "huber" (beta), "margin_l1" max(|a_s - a_t| - margin, 0)
-            (VideoREPA, 2025): one value a pair;
+            "mse", "l1", "smooth_l1" (beta), "huber" (beta), "margin_l1"
+            max(|a_s - a_t| - margin, 0) (VideoREPA, 2025): one value a pair;
             "gram_row_l2" sum of squared differences of rows over their L2 norms (similarity
             preserving, Tung and Mori, 2019); "gram_row_l1" PKT (Passalis and Tefas, 2018) with
             its two constants 1e-7;

@@ -3,7 +3,7 @@
 With A = X^T X, B = Y^T Y, C = X^T Y (X student, Y teacher, rows ready to be multiplied):
   sum_ij (x_i x_j - y_i y_j)^2 = |A|^2 + |B|^2 - 2 |C|^2
   |row i of X X^T|^2 = x_i A x_i,   <row i of X X^T, row i of Y Y^T> = x_i C y_i
-The values are differences of large terms. On the CPU everything is float64, where that costs nothing
+The values are differences of large terms. On the CPU everything is float64, where that costs little
 against the maps themselves; on CUDA the products are float32 and their norms float64.
 Gradients come from autograd, which keeps O(N d) and O(d^2) here.
 """

@@ -1,6 +1,6 @@
 """Queries, keys, values and hidden states of a transformer's layers, by forward hooks.
 
-Relations need the projections, not the attention maps, so the model keeps whatever attention it runs
+Relations need the projections, not the attention maps, so the model keeps the attention it runs
 (SDPA, Flash); nothing is patched. Works on BERT, ViT, Llama, Qwen and models that name their
 projections alike.
 """

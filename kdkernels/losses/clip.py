@@ -23,7 +23,7 @@ _PAIR = "a pair (image, text)"
     status="source",
 )
 class TinyCLIPLoss(nn.Module):
-    """Cross entropy of the student's image-text map with the teacher's, both directions averaged."""
+    """Cross entropy of the student's image-text map with the teacher's, averaged both ways."""
 
     def forward(
         self,

@@ -83,7 +83,7 @@ class SupervisedContrastiveLoss(nn.Module):
 )
 class MomentumDistillationLoss(nn.Module):
     """Image rows: cross entropy of student_scale <I_s, [T_t, text queue]> with alpha x the momentum
-    teacher's softmax over the same columns + (1 - alpha) x one-hot; text rows likewise; the mean."""
+    teacher's softmax over the same columns + (1 - alpha) x one-hot; text rows likewise; mean."""
 
     def __init__(self, alpha: float = 0.4):
         super().__init__()
@@ -115,8 +115,8 @@ class MomentumDistillationLoss(nn.Module):
     family="contrastive",
 )
 class PixelContrastiveLoss(nn.Module):
-    """InfoNCE of pixels [B, C, H, W]: the teacher's same pixel is positive, only the queue [M, C] is
-    negative."""
+    """InfoNCE of pixels [B, C, H, W]: the teacher's same pixel is positive, only the queue
+    [M, C] is negative."""
 
     def __init__(self, temperature: float = 0.2):
         super().__init__()

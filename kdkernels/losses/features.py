@@ -1,4 +1,4 @@
-"""Pointwise feature losses by name: hidden states, layer selection, task-aware filters, poolings."""
+"""Pointwise feature losses by name: hidden states, layer selection, filters, poolings."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class MiniLMLoss(nn.Module):
     status="source",
 )
 class MiniLMv2Loss(nn.Module):
-    """Weighted KL of softmax(X_m X_n^T / sqrt d_r) over regrouped heads; 1 query, 2 key, 3 value."""
+    """Weighted KL of softmax(X_m X_n^T / sqrt d_r), heads regrouped; 1 query, 2 key, 3 value."""
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class ListNetLoss(nn.Module):
 
 @register("score_kl", family="ranking")
 class ScoreKLLoss(nn.Module):
-    """The same with a temperature of each side, times the student's squared (sentence-transformers)."""
+    """The same with a temperature a side, times the student's squared (sentence-transformers)."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from .registry import register
 @register("dinov3_gram", paper="Simeoni et al., DINOv3, 2025", family="relation")
 class DINOv3GramLoss(nn.Module):
     """MSE of cosine Grams of tokens [B, N, d]; remove_neg bounds both maps at 0;
-    remove_only_teacher_neg the teacher's alone (the release's rule for the student is dead code)."""
+    remove_only_teacher_neg the teacher's alone (the release's student rule is dead code)."""
 
     def __init__(
         self,

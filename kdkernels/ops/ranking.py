@@ -1,4 +1,4 @@
-"""plackett_luce under autograd: eager and torch.func by one Function, torch.compile by operators."""
+"""plackett_luce under autograd: eager and torch.func by a Function, compile by an operator."""
 
 from __future__ import annotations
 

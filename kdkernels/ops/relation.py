@@ -25,7 +25,7 @@ _NO_SECOND = "kdkernels.relation has no second derivative"
 
 
 class Relations(NamedTuple):
-    """What a call gives, per graph h: sums of row values and what was counted; or rows, or pairs."""
+    """What a call gives: per graph the sum of row values and counts; or rows, or pairs."""
 
     value: Tensor  # float64: (H,) mode graph, (H, N) mode rows; compute dtype (H, N, M) mode pairs
     rows: Tensor  # (H,) float64: rows with a selected column

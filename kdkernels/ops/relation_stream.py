@@ -1,7 +1,7 @@
 """Row values and gradients of two relation maps, chunk by chunk: the maps are never held.
 
 torch makes the products of a chunk of rows, the backend's row kernel turns them in place into
-gradients, torch multiplies these back. The memory beside inputs and gradients is two chunks. Results
+gradients, torch multiplies these back. Memory beside inputs and gradients: two chunks. Results
 are as deterministic as torch's matrix products.
 """
 
@@ -20,7 +20,7 @@ from .common import empty
 # Entries of one chunk of one map. CPU: both maps' chunks fit the caches of the cores that work on
 # them; CUDA: large enough to fill the device.
 _ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 26}
-# Fewer rows make the matrix products slow; more columns than entries / rows then make chunks larger.
+# Fewer rows make the matrix products slow; with many columns chunks are larger instead.
 _ROWS = 64
 # Entries of the unit differences that the angle kind holds at a time.
 _ANGLE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -258,8 +258,8 @@ def _squared_norms(q_s, k_s, q_t, k_t) -> Tensor:
 def _distance(q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight) -> Streamed:
     """Two walks: means of the distances and their gradient, then the values and theirs.
 
-    The loss depends on the means, so its gradient is A - (H / mean^2 count) B with A from the second
-    walk, B = d(sum of distances) from the first, and H a sum that the second walk knows at its end.
+    The loss depends on the means, so its gradient is A - (H / mean^2 count) B: A from the second
+    walk, B = d(sum of distances) from the first, and H a sum that the second knows at its end.
     """
     need_s, need_t = bool(spec.need_student), bool(spec.need_teacher)
     graphs, rows = q_s.shape[:2]
