@@ -46,7 +46,7 @@ def test_self_relation(kernel_backend, chunking, kind):
     assert_same(student, teacher, kind, teacher_grad=True, **options_of(kind))
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("angle", "cka")])
+@pytest.mark.parametrize("kind", ROW_KINDS + ELEMENT_KINDS)
 def test_pair_of_queries_and_keys(kernel_backend, small_chunks, kind):
     student = tokens(2, 2, 13, 6), tokens(2, 2, 9, 6)
     teacher = tokens(2, 2, 13, 4), tokens(2, 2, 9, 4)
@@ -230,6 +230,24 @@ def test_empty_rows_are_zero(kernel_backend):
         assert float(gradient[:, 3:].abs().max()) == 0.0
         nothing = kd.relation(student, teacher, kind, mask=mask & False, **options_of(kind))
         assert float(nothing) == 0.0
+
+
+def test_no_tokens_and_one_token(kernel_backend):
+    for kind in KINDS:
+        nothing = torch.zeros(2, 0, 4, device=kernel_backend.device)
+        assert float(kd.relation(nothing, nothing, kind, **options_of(kind))) == 0.0
+        one = tokens(2, 1, 4, device=kernel_backend.device)
+        loss, (gradient,) = gradients(one, one + 1, kind, **options_of(kind))
+        assert bool(loss.isfinite()) and bool(gradient.isfinite().all())
+
+
+def test_strided_and_expanded_inputs(kernel_backend):
+    x, y = tokens(2, 9, 16, device=kernel_backend.device), tokens(9, 2, 5).transpose(0, 1)
+    y = y.to(kernel_backend.device)
+    found = kd.relation(x[..., ::2], y)
+    torch.testing.assert_close(found, kd.relation(x[..., ::2].contiguous(), y.contiguous()))
+    wide = y[:1].expand(2, -1, -1)
+    torch.testing.assert_close(kd.relation(x, wide), kd.relation(x, wide.contiguous()))
 
 
 def test_masked_tokens_are_never_read(kernel_backend):

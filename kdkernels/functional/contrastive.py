@@ -105,8 +105,7 @@ def contrastive(
         turned = None if target is None else target[::-1]
         return (forward + contrastive(key, query, target=turned, **options)) / 2
     if group is not None:
-        if not isinstance(target, Tensor):
-            row_offset += dist.get_rank(group) * key.shape[0]
+        row_offset += dist.get_rank(group) * key.shape[0]
         key = _Gather.apply(key, group)
         if isinstance(target, tuple):
             target = (target[0], _Gather.apply(target[1], group))

@@ -274,7 +274,7 @@ def _check_sides(s: Graphs, t: Graphs, kind: str, both_directions: bool, block) 
         raise TypeError("teacher: float64 goes with float64 only")
     if s.k is None and both_directions:
         raise ValueError("both_directions: for a pair (Q, K); a self relation has one direction")
-    if s.k is not None and (kind in ("angle", "cka")):
+    if s.k is not None and kind in R.GRAPH_KINDS:
         raise ValueError(f"student: kind {kind!r} takes X [..., N, d], not a pair")
     if s.shape[0] != s.shape[1] and (both_directions or block is not None):
         what = "both_directions" if both_directions else "block"
