@@ -51,10 +51,10 @@ class Streamed(NamedTuple):
 def chunk_shape(graphs: int, rows: int, columns: int, device: str) -> tuple[int, int]:
     """(graphs, rows) of one chunk; several graphs only where their rows are whole."""
     entries = _ENTRIES[device]
-    height = min(rows, max(_ROWS, entries // max(columns, 1)))
+    height = max(1, min(rows, max(_ROWS, entries // max(columns, 1))))
     if height < rows:
         return 1, height
-    return max(1, min(graphs, entries // max(rows * columns, 1))), rows
+    return max(1, min(graphs, entries // max(rows * columns, 1))), height
 
 
 class _Side:
