@@ -4,11 +4,19 @@ from importlib import metadata as _metadata
 
 from .backends import backends, debug, use_backend
 from .functional import (
+    LayerMatch,
+    Projector,
+    contrastive,
     divergence,
+    feature,
     forward_kl,
     graph_on_logits,
     gromov_wasserstein,
     jensen_shannon,
+    match_layers,
+    plackett_luce,
+    ranking,
+    relation,
     reverse_kl,
     sinkhorn,
     sinkhorn_assign,
@@ -26,15 +34,23 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
     __version__ = "0+source"
 
 __all__ = [
+    "LayerMatch",
+    "Projector",
     "backends",
     "catalogue",
+    "contrastive",
     "debug",
     "divergence",
+    "feature",
     "forward_kl",
     "graph_on_logits",
     "gromov_wasserstein",
     "jensen_shannon",
     "loss",
+    "match_layers",
+    "plackett_luce",
+    "ranking",
+    "relation",
     "reverse_kl",
     "sinkhorn",
     "sinkhorn_assign",

@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", [](const std::string& name) { kd::set_isa(name.c_str()); });
   m.def("compiled_isas", [] {
     py::list names;
-    for (kd::Isa isa : kd::kCompiledIsas) names.append(kd::name(isa));
+    for (const kd::Isa isa : kd::kCompiledIsas) names.append(kd::name(isa));
     return names;
   });
   m.def("num_threads", &kd::num_threads);
@@ -63,4 +63,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   kd::binding::bind_divergence(m);
   kd::binding::bind_gromov(m);
   kd::binding::bind_transport(m);
+  kd::binding::bind_relation(m);
 }

@@ -71,7 +71,9 @@ def test_unknown_and_unavailable_backends_are_errors():
 
 
 def test_environment_chooses_the_backend():
-    code = "from kdkernels.backends import registry as r; print(r.pick('divergence', 'cpu').__name__)"
+    code = (
+        "from kdkernels.backends import registry as r; print(r.pick('divergence', 'cpu').__name__)"
+    )
     done = run_python(code, KDK_BACKEND="torch")
     assert done.stdout.strip().endswith("backends.torch"), done.stderr
 

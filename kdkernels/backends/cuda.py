@@ -4,7 +4,7 @@ import torch
 
 from .native import extension
 
-FAMILIES = ("divergence", "transport", "gromov")
+FAMILIES = ("divergence", "transport", "relation", "gromov")
 _C = extension("_C")
 
 
@@ -37,3 +37,5 @@ if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     sinkhorn_bwd = _C.sinkhorn_bwd
     sorted_workspace = _C.sorted_workspace
     sorted_transport = _C.sorted_transport
+    relation_rows = _C.relation_rows
+    plackett_luce = _C.plackett_luce

@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence", "transport", "gromov")
+FAMILIES = ("divergence", "transport", "relation", "gromov")
 _simt = extension("_simt")
 
 
@@ -20,6 +20,8 @@ if not isinstance(_simt, str):
     graph_nodes_fwd = _simt.graph_nodes_fwd
     graph_nodes_bwd = _simt.graph_nodes_bwd
     assignment = _simt.assignment
+    relation_rows = _simt.relation_rows
+    plackett_luce = _simt.plackett_luce
     set_order = _simt.set_order
     sinkhorn_workspace = _simt.sinkhorn_workspace
     sinkhorn_fwd = _simt.sinkhorn_fwd

@@ -22,7 +22,7 @@ from .torch_transport import (  # noqa: F401
     sorted_workspace,
 )
 
-FAMILIES = ("divergence", "transport", "gromov")
+FAMILIES = ("divergence", "transport", "relation", "gromov")
 
 # Stands in for log-probability -inf: exp(-2000) is 0 in float64, and 0 * -2000 is 0 where 0 * inf
 # would be NaN. Rows whose true value is infinite are named by `_infinite`.

@@ -43,7 +43,9 @@ LINEAR_KINDS = ("total_variation", "hellinger", "cross_entropy", "entropy")
 def floor(kind: object, dtype: torch.dtype) -> float:
     """Absolute error below which a row value of `kind` says nothing."""
     if dtype == torch.float64:
-        return 1e-14  # the one-pass sum, which is finished by the gap formulas only below 1e-5 of it
+        return (
+            1e-14  # the one-pass sum, which is finished by the gap formulas only below 1e-5 of it
+        )
     return _FLOOR_LINEAR if kind in LINEAR_KINDS else _FLOOR_QUADRATIC
 
 
