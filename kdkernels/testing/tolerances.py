@@ -32,7 +32,7 @@ def value(dtype: torch.dtype) -> float:
 
 
 # In float32, d = log p - log q of an entry is right to 2^-24 max(|a|, |z|) / tau: 2.7e-6 for the 45
-# that the tests draw at most. A row that lies on one entry (p ~ 1, d ~ 0) shows that error: squared in
+# that the tests draw at most. A row that lies on one entry (p ~ 1, d ~ 0) shows it: squared in
 # kinds that are quadratic at p = q, as it is in those that are not (for cross_entropy and entropy
 # it is the rounding of log q).
 _FLOOR_QUADRATIC = 4e-12
