@@ -128,7 +128,7 @@ KD_DEVICE bool needs_correction(const TermSums<F>& sums) {
 }
 
 template <Variant kVariant, class Pair, class F>
-KD_DEVICE TermSums<F> row_terms(const Pair& pair, RowSoftmax<F> softmax, const RowKind<F>& kind,
+KD_DEVICE TermSums<F> row_terms(const Pair& pair, RowSoftmax<F>& softmax, const RowKind<F>& kind,
                                 bool with_teacher) {
   for (int attempt = 0;; ++attempt) {
     TermSums<F> sums;
@@ -363,10 +363,10 @@ KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int
 
 // ---- kernels -----------------------------------------------------------------------------------
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const RowFacts<F> facts(params, row);
-  const RowPair<TS, TT, F> pair(params, row);
+  const RowPair<T, F> pair(params, row);
   F* stats = params.stats + row * params.stats_stride;
   F unit = F(0), factor = F(0);
   if (facts.selected) {
@@ -377,14 +377,14 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
       pair.wants_student() || pair.wants_teacher() || params.grad_temperature;
 
   // Everybody has read kUnit before thread 0 writes the row's statistics.
-  const auto write = [&](const RowSoftmax<F>* softmax, const TermSums<F>& sums, F divergence,
+  const auto write = [&](const RowSums<F>& row_sums, const TermSums<F>& sums, F divergence,
                          F slope, F lse, F value) {
     __syncthreads();
     if (threadIdx.x != 0) return;
-    stats[kMaxS] = softmax ? softmax->student.reference : F(0);
-    stats[kSumS] = softmax ? softmax->student.sum : F(0);
-    stats[kMaxT] = softmax ? softmax->teacher.reference : F(0);
-    stats[kSumT] = softmax ? softmax->teacher.sum : F(0);
+    stats[kMaxS] = row_sums.student_reference;
+    stats[kSumS] = row_sums.student_sum;
+    stats[kMaxT] = row_sums.teacher_reference;
+    stats[kSumT] = row_sums.quotient;
     stats[kDivergence] = divergence;
     stats[kCentreS] = sums.student;
     stats[kCentreT] = sums.teacher;
@@ -398,7 +398,7 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
 
   if (!facts.selected || !facts.valid) {
     const F value = facts.selected ? F(NAN) : F(0);
-    write(nullptr, TermSums<F>(), value, F(0), F(0), value);
+    write(RowSums<F>{F(0), F(0), F(0), F(0)}, TermSums<F>(), value, F(0), F(0), value);
     if (wants_gradient) fill_gradients(pair, params, row, F(0));
     return;
   }
@@ -412,7 +412,7 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const Statistics<kVariant, F> statistics =
       row_statistics<kVariant>(pair, F(kLog2E) / facts.student_tau, F(kLog2E) / facts.teacher_tau,
                                origin, same, label_apart, label);
-  const RowSoftmax<F> softmax(
+  RowSoftmax<F> softmax(
       Softmax<F>(facts.student_tau, statistics.student.max, statistics.student.sum[0]),
       Softmax<F>(facts.teacher_tau, statistics.teacher.max, statistics.teacher.sum[0]), same);
 
@@ -429,20 +429,23 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     const F nll = F(kLn2) * (at_one.log2_sum - at_one.exponent(label_logit));
     value += static_cast<F>(params.spec.label_weight) * nll;
   }
-  write(&softmax, sums, result.divergence, result.slope, lse, value);
+  const RowSums<F> row_sums = softmax.row_sums();
+  write(row_sums, sums, result.divergence, result.slope, lse, value);
 
   if (!wants_gradient) return;
   if (factor == F(0) || is_nan(result.slope)) {
     return fill_gradients(pair, params, row, factor == F(0) ? F(0) : F(NAN));
   }
-  write_gradients<kVariant>(pair, params, row, softmax, kind,
+  // From what is stored, so that a backward repeats this gradient to the bit.
+  write_gradients<kVariant>(pair, params, row,
+                            RowSoftmax<F>(row_sums, facts.student_tau, facts.teacher_tau), kind,
                             GradientPlan<F>(params, facts, factor, result.slope, result.divergence,
                                             sums, lse));
 }
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
-  const RowPair<TS, TT, F> pair(params, row);
+  const RowPair<T, F> pair(params, row);
   const F* stats = params.stats + row * params.stats_stride;
   const F slope = stats[kSlope];
   const F factor = stats[kFactor] == F(0) ? F(0) : stats[kFactor] * params.upstream.at(row);
@@ -453,9 +456,8 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
   if (is_nan(slope)) return fill_gradients(pair, params, row, F(NAN));
   const RowFacts<F> facts(params, row);
   const RowKind<F> kind = kind_of<kVariant>(params, row, facts.first);
-  const bool same = facts.same_temperature();
-  const RowSoftmax<F> softmax(Softmax<F>(facts.student_tau, stats[kMaxS], stats[kSumS]),
-                              Softmax<F>(facts.teacher_tau, stats[kMaxT], stats[kSumT]), same);
+  const RowSums<F> row_sums{stats[kMaxS], stats[kSumS], stats[kMaxT], stats[kSumT]};
+  const RowSoftmax<F> softmax(row_sums, facts.student_tau, facts.teacher_tau);
   TermSums<F> sums;
   sums.student = stats[kCentreS];
   sums.teacher = stats[kCentreT];
@@ -466,48 +468,47 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
 
 // 64 registers a thread let two of the largest blocks share a multiprocessor of 65536; where that
 // does not do without spilling, one block may have 128.
-template <Variant kVariant, class TS>
+template <Variant kVariant, class T>
 constexpr int kBlocksPerMultiprocessor =
-    kVariant == Variant::kForward && !std::is_same<TS, AnyFloat>::value ? 2 : 1;
+    kVariant == Variant::kForward && !std::is_same<T, AnyFloat>::value ? 2 : 1;
 
-template <Variant kVariant, class TS, class TT, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+template <Variant kVariant, class T, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
     divergence_fwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    forward_row<kVariant, TS, TT>(params, row);
+    forward_row<kVariant, T>(params, row);
   }
 }
 
-template <Variant kVariant, class TS, class TT, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+template <Variant kVariant, class T, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
     divergence_bwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    backward_row<kVariant, TS, TT>(params, row);
+    backward_row<kVariant, T>(params, row);
   }
 }
 
 // ---- launchers ---------------------------------------------------------------------------------
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 void launch_rows_as(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
-  forward ? launch(info, divergence_fwd_row_kernel<kVariant, TS, TT, F>, params)
-          : launch(info, divergence_bwd_row_kernel<kVariant, TS, TT, F>, params);
+  forward ? launch(info, divergence_fwd_row_kernel<kVariant, T, F>, params)
+          : launch(info, divergence_bwd_row_kernel<kVariant, T, F>, params);
 }
 
 template <Variant kVariant, class F>
 void launch_rows(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
   if constexpr (std::is_same<F, float>::value) {
-    // Equal types, the common case, are compiled in; a mixture is looked up chunk by chunk.
+    // Equal types, the common case, are compiled in; mixtures are looked up chunk by chunk, which
+    // costs branches and keeps the compilation of seven architectures within minutes.
     const DType type = params.student.dtype;
     if (params.teacher.data == nullptr || params.teacher.dtype == type) {
-      if (type == DType::kFloat32) {
-        return launch_rows_as<kVariant, float, float>(params, forward, info);
-      }
-      if (type == DType::kFloat16) return launch_rows_as<kVariant, f16, f16>(params, forward, info);
-      return launch_rows_as<kVariant, bf16, bf16>(params, forward, info);
+      if (type == DType::kFloat32) return launch_rows_as<kVariant, float>(params, forward, info);
+      if (type == DType::kFloat16) return launch_rows_as<kVariant, f16>(params, forward, info);
+      return launch_rows_as<kVariant, bf16>(params, forward, info);
     }
   }
-  launch_rows_as<kVariant, AnyFloat, AnyFloat>(params, forward, info);
+  launch_rows_as<kVariant, AnyFloat>(params, forward, info);
 }
 
 }  // namespace kd::cuda
