@@ -52,8 +52,12 @@ asan: $(VENV)/.installed  ## C++ self tests under AddressSanitizer and UBSan
 ptxas: $(VENV)/.installed  ## compile for every architecture; registers and spills to build/ptxas.csv; a spill fails
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cmake/ptxas_table.py --jobs $(JOBS)
 
-bench: build  ## benchmarks against the peers that are installed
-	$(BIN)/python -m kdkernels bench --peers $(BENCH_FLAGS)
+bench: build peers_site  ## benchmarks against the peers
+	PYTHONPATH=peers_site $(BIN)/python -m kdkernels bench --peers $(BENCH_FLAGS)
+
+peers_site: bench/requirements-peers.txt | $(VENV)/.installed
+	$(PIP) install -q --no-deps --upgrade --target peers_site -r bench/requirements-peers.txt
+	touch peers_site
 
 lint: $(VENV)/.installed  ## ruff and clang-format
 	$(BIN)/ruff check .

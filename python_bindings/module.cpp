@@ -34,8 +34,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #if defined(KDK_BUILD_SIMT)
   m.def(
       "set_order",
-      [](const std::string& text) { simt::host::schedule() = simt::host::parse_schedule(text.c_str()); },
-      "Order of lanes and blocks: ascending, descending, shuffled[:seed] or warp_ahead[:seed].");
+      [](const std::string& order, uint64_t seed) {
+        simt::set_order(simt::parse_order(order), seed);
+      },
+      py::arg("order"), py::arg("seed") = 0);
 #else
   m.def("isa", [] { return std::string(kd::isa_name()); });
   m.def("set_isa", [](const std::string& name) { kd::set_isa(name.c_str()); });

@@ -69,7 +69,7 @@ def test_unknown_and_unavailable_backends_are_errors():
 
 
 def test_environment_chooses_the_backend():
-    code = "import kdkernels.backends.registry as r; print(r.pick('divergence', 'cpu').__name__)"
+    code = "from kdkernels.backends import registry as r; print(r.pick('divergence', 'cpu').__name__)"
     done = run_python(code, KDK_BACKEND="torch")
     assert done.stdout.strip().endswith("backends.torch"), done.stderr
 
@@ -80,7 +80,7 @@ def test_debug_is_a_context():
         assert registry.settings().debug is True
     assert (
         run_python(
-            "import kdkernels.backends.registry as r; assert r.settings().debug", KDK_DEBUG="1"
+            "from kdkernels.backends import registry as r; assert r.settings().debug", KDK_DEBUG="1"
         ).returncode
         == 0
     )

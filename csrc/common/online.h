@@ -125,7 +125,7 @@ struct OnlineSums {
     sum[0] = sum[0] * scale;
     KD_UNROLL
     for (int k = 1; k < K; ++k) {
-      sum[k] = select(is_inf(sum[k]) & (scale == F(0)), F(0), sum[k] * scale);
+      sum[k] = select((abs(sum[k]) == F(kInfinity)) & (scale == F(0)), F(0), sum[k] * scale);
     }
   }
 };

@@ -56,6 +56,21 @@ KD_SCALAR_FUNCTION(log1p)
 KD_SCALAR_FUNCTION(sqrt)
 #undef KD_SCALAR_FUNCTION
 
+KD_HOST_DEVICE float pow(float x, float y) {
+  return ::powf(x, y);
+}
+KD_HOST_DEVICE double pow(double x, double y) {
+  return ::pow(x, y);
+}
+
+// A cheaper exp2 for lanes whose argument is at most 0; scalars have nothing to gain.
+KD_HOST_DEVICE float exp2_nonpositive(float x) {
+  return exp2(x);
+}
+KD_HOST_DEVICE double exp2_nonpositive(double x) {
+  return exp2(x);
+}
+
 KD_HOST_DEVICE float abs(float x) {
   return ::fabsf(x);
 }
@@ -104,13 +119,22 @@ KD_HOST_DEVICE bool is_inf(float x) {
 KD_HOST_DEVICE bool is_inf(double x) {
   return abs(x) == kInfinity;
 }
+KD_HOST_DEVICE bool is_finite(float x) {
+  return abs(x) < static_cast<float>(kInfinity);
+}
+KD_HOST_DEVICE bool is_finite(double x) {
+  return abs(x) < kInfinity;
+}
 
-// Of a mask: is it true in any / in every lane?
+// Of a mask: is it true in any, in every, in no lane?
 KD_HOST_DEVICE bool any(bool condition) {
   return condition;
 }
 KD_HOST_DEVICE bool all(bool condition) {
   return condition;
+}
+KD_HOST_DEVICE bool none(bool condition) {
+  return !condition;
 }
 
 }  // namespace kd

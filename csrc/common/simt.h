@@ -19,7 +19,8 @@
 //   simt::shuffle_xor/_down/_from  shuffles of whole structs
 //   simt::shared_memory_limit(), simt::multiprocessor_count()   of the current device
 //   kd::cp_async16 ..., kd::named_barrier_sync ..., kd::mma_m16n8k16 ...   see simt/tensor.h
-// Only in the emulator: simt::set_order(Order, seed), simt::set_shared_limit(bytes).
+// Only in the emulator: simt::set_order(Order, seed) or KDK_SIMT_ORDER=shuffle:7 in the
+// environment, simt::set_shared_limit(bytes).
 //
 // What the emulator catches: missing and divergent barriers (run every test in at least two
 // orders), deadlocks, warp operations with wrong masks, reads of shared memory nobody wrote (it

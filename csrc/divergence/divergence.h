@@ -89,11 +89,13 @@ struct DivergenceSpec {
   X(temperature_squared) X(label_weight) X(ignore_index) X(clip_token) X(reduction)              \
   X(normalize_weights) X(num_items) X(batch) X(student_columns) X(teacher_columns)
 
-// Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). Maxima are in
-// base 2: u = z * log2(e) / tau_s, so q = 2^(u - max_s) / sum_s, and the like for the teacher.
+// Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). The first four are
+// the business of the backend that wrote them: any reference near the row's maximum, in base 2 (cpu:
+// u = z * log2(e) / tau_s, so q = 2^(u - max_s) / sum_s) or as a logit (cuda: q = 2^((z - max_s) *
+// log2(e) / tau_s) / sum_s), and the sum that goes with it. Backward runs where forward ran.
 enum Stat : int {
-  kMaxS = 0,     // max_v u_v (any finite reference near it)
-  kSumS = 1,     // sum_v 2^(u_v - max_s)
+  kMaxS = 0,     // reference of the student's exponentials, finite
+  kSumS = 1,     // their sum
   kMaxT = 2,
   kSumT = 3,
   kDivergence = 4,  // D, before clip

@@ -120,7 +120,7 @@ inline void check_divergence(const DivergenceArgs& args, bool forward) {
   }
   if (static_cast<Reduction>(static_cast<int>(args.spec.reduction)) == Reduction::kSequenceMean) {
     const int64_t batch = static_cast<int64_t>(args.spec.batch);
-    KD_CHECK(batch >= 1 && rows % batch == 0, "batch: ", rows, " rows do not divide into ",
+    KD_CHECK(rows == 0 || (batch >= 1 && rows % batch == 0), "batch: ", rows, " rows do not divide into ",
              args.spec.batch, " entries");
   }
 }

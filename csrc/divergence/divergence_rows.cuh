@@ -4,7 +4,6 @@
 
 #include "common/half.h"
 #include "common/launch.h"
-#include "common/online.h"
 #include "common/scalar.h"
 #include "common/simt.h"
 #include "common/vec.h"
@@ -208,15 +207,58 @@ class RowPair {
   RowChunks<kChunk> z_chunks_, a_chunks_;
 };
 
-// One row's softmax, ready to be evaluated: probability 2^(x scale - reference) inverse.
-//
-// The exponent is one fma of the logit itself, so a row whose logits are all near 1000 loses nothing
-// to the rounding of x scale.
+// Online sums of 2^((x - max) scale), and of weights times that, with the maximum kept as the logit it
+// is: x - max rounds nothing where it matters, whereas x scale loses what a collapsed row, whose other
+// probabilities are 1e-9, is made of. Otherwise as OnlineSums of common/online.h.
+template <class F, int K>
+struct LogitSums {
+  F max;
+  F scale;  // any, while max is -inf
+  F sum[K];
+
+  KD_HOST_DEVICE LogitSums() : max(F(-kInfinity)), scale(F(1)) {
+    for (int k = 0; k < K; ++k) sum[k] = F(0);
+  }
+
+  KD_HOST_DEVICE F reference() const { return max == F(-kInfinity) ? F(0) : max; }
+
+  KD_HOST_DEVICE void raise(F x) {
+    const F raised = x > max ? x : max;
+    rescale(exp2((max - (raised == F(-kInfinity) ? F(0) : raised)) * scale));
+    max = raised;
+  }
+  // e = 2^((x - reference()) scale), after raise(x).
+  KD_HOST_DEVICE void add(F e) { sum[0] = sum[0] + e; }
+  KD_HOST_DEVICE void add_weight(int k, F e, F weight) {
+    sum[k] = sum[k] + select(e == F(0), F(0), e * weight);
+  }
+
+  KD_HOST_DEVICE void merge(const LogitSums& other) {
+    if (other.max > F(-kInfinity)) scale = other.scale;
+    raise(other.max);
+    LogitSums scaled = other;
+    scaled.rescale(exp2((other.max - reference()) * scale));
+    for (int k = 0; k < K; ++k) sum[k] = sum[k] + scaled.sum[k];
+  }
+
+  KD_HOST_DEVICE F mean(int k) const { return sum[k] / sum[0]; }
+
+ private:
+  // An infinite weighted sum far below a new maximum counts nothing: 0 * inf = 0.
+  KD_HOST_DEVICE void rescale(F by) {
+    sum[0] = sum[0] * by;
+    for (int k = 1; k < K; ++k) {
+      sum[k] = select(is_inf(sum[k]) && by == F(0), F(0), sum[k] * by);
+    }
+  }
+};
+
+// One row's softmax, ready to be evaluated: probability 2^exponent(x) inverse.
 template <class F>
 struct Softmax {
   F scale;      // log2(e) / tau
-  F reference;  // near the maximum of x scale; 0 if the row holds only -inf
-  F sum;        // of 2^(x scale - reference); 0 if the row holds only -inf
+  F reference;  // the largest logit; 0 if the row holds only -inf
+  F sum;        // of 2^((x - reference) scale); 0 if the row holds only -inf
   F log2_sum, inverse;
 
   KD_DEVICE Softmax(F tau, F max, F total)
@@ -229,26 +271,72 @@ struct Softmax {
   }
 
   KD_DEVICE bool is_empty() const { return sum == F(0); }
-  KD_DEVICE F exponent(F x) const { return fma(x, scale, -reference); }
+  KD_DEVICE F lse() const { return fma(reference, scale, log2_sum); }
+  KD_DEVICE F exponent(F x) const { return (x - reference) * scale; }
+};
+
+// Whether the logits of two models lie side by side, given how far one leads. Then a - z rounds
+// little or nothing; where a constant lies between them, each logit's distance from its own row's
+// reference rounds less.
+template <class F>
+KD_DEVICE bool are_close(F lead) {
+  return abs(lead) < F(4);
+}
+
+// Where the weights of the linear group start, so that they stay small: the logits at column 0, if
+// both are finite.
+template <class F>
+struct Origin {
+  F student, teacher, lead;
+  bool close;
+
+  template <class Pair>
+  KD_DEVICE explicit Origin(const Pair& pair) : student(F(0)), teacher(F(0)) {
+    const F z = pair.student_at(0), a = pair.teacher_at(0);
+    if (abs(z) < F(kInfinity)) {
+      student = z;
+      if (abs(a) < F(kInfinity)) teacher = a;
+    }
+    lead = teacher - student;
+    close = are_close(lead);
+  }
 };
 
 // Both softmaxes of a row: logits in, entries out.
 //
-// `shift` is a difference between the two rows at one column. It is taken off every difference of
-// logits and comes back in the gap, so that what is rounded is small even where one model's logits
-// lie 1000 above the other's.
+// log p - log q is the difference of the logits less that of the two largest ones, less
+// log(sum_t / sum_s): exactly 0 for equal rows, and exactly the last term where both rows have their
+// maximum, which is what a row that lies on one entry is made of.
 template <class F>
 struct RowSoftmax {
   Softmax<F> student, teacher;
-  F shift;
-  F gap;  // log2-sum-exp of the teacher minus the student's, less the shift
-  bool same_temperature;
+  F lead;        // the teacher's largest logit minus the student's
+  F sums;        // log2(teacher.sum / student.sum)
+  F correction;  // see correct()
+  bool same_temperature, close;
 
-  KD_DEVICE RowSoftmax(const Softmax<F>& s, const Softmax<F>& t, bool same, F shift_)
-      : student(s), teacher(t), shift(shift_), same_temperature(same) {
-    const F top = same ? fma(-shift, s.scale, t.reference) : t.reference;
-    gap = (top - s.reference) + (t.log2_sum - s.log2_sum);
+  KD_DEVICE RowSoftmax(const Softmax<F>& s, const Softmax<F>& t, bool same)
+      : student(s),
+        teacher(t),
+        lead(t.reference - s.reference),
+        correction(F(0)),
+        same_temperature(same),
+        close(are_close(lead)) {
+    // One logarithm of the quotient is nearer than the difference of two.
+    sums = s.is_empty() || t.is_empty() ? t.log2_sum - s.log2_sum : log2(t.sum / s.sum);
   }
+
+  // log2-sum-exp of the teacher minus the student's, of logits less their origin.
+  KD_DEVICE F gap(const Origin<F>& origin) const {
+    const F s = student.reference - origin.student, t = teacher.reference - origin.teacher;
+    F top = t * teacher.scale - s * student.scale;
+    if (same_temperature) top = (origin.close ? lead - origin.lead : t - s) * student.scale;
+    return top + sums;
+  }
+
+  // The normalisers are rounded, so all log p - log q are off by one common number: 1e-7, which is
+  // much where the rows differ by little. sum (q - p), measured as sum p (e^-d - 1), is that number.
+  KD_DEVICE void correct(F excess) { correction += F(kLog2E) * log1p(excess); }
 
   KD_DEVICE Entry<F> entry(F z, F a) const {
     const F xs = student.exponent(z), xt = teacher.exponent(a);
@@ -258,10 +346,13 @@ struct RowSoftmax {
     e.p = exp2(xt) * teacher.inverse;
     e.lq = F(kLn2) * log_q;
     e.lp = F(kLn2) * log_p;
-    // At equal temperatures from the difference of the logits: exactly 0 for equal rows, and right
-    // to the last bits where the two logarithms would cancel.
-    const F d = same_temperature ? fma((a - shift) - z, student.scale, -gap) : log_p - log_q;
-    e.d = F(kLn2) * d;
+    F d = log_p - log_q;
+    if (same_temperature) {
+      const F apart = close ? (a - z) - lead
+                            : (a - teacher.reference) - (z - student.reference);
+      d = fma(apart, student.scale, -sums);
+    }
+    e.d = F(kLn2) * (d + correction);
     return e;
   }
 };

@@ -101,7 +101,7 @@ def divergence(
     if teacher is not None:
         _check_teacher(student, teacher)
     leading = student.shape[:-1]
-    batch = leading[0] if leading else 1
+    batch = (leading[0] if leading else 1) or 1  # no entries: no rows, whatever divides them
     compiling = torch.compiler.is_compiling()
     tensors = (
         isinstance(beta, Tensor)

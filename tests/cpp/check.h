@@ -94,8 +94,8 @@ void for_each_order(Fn&& fn) {
 #else
   const simt::host::Schedule before = simt::host::schedule();
   using simt::Order;
-  for (Order order : {Order::kAscending, Order::kDescending, Order::kShuffled, Order::kWarpAhead}) {
-    for (uint64_t seed = 0; seed < (order >= Order::kShuffled ? 3 : 1); ++seed) {
+  for (Order order : {Order::kAscending, Order::kDescending, Order::kShuffle, Order::kWarpAhead}) {
+    for (uint64_t seed = 0; seed < (order >= Order::kShuffle ? 3 : 1); ++seed) {
       simt::set_order(order, seed);
       fn();
     }

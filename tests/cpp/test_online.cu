@@ -152,7 +152,9 @@ TEST(scalar_functions) {
   CHECK(is_nan(NAN) && !is_nan(1.0f) && is_inf(-INFINITY) && !is_inf(1e300));
   CHECK(max(1.0f, 2.0f) == 2.0f && min(1.0, 2.0) == 1.0 && abs(-1.0f) == 1.0f);
   CHECK(fma(2.0f, 3.0f, 4.0f) == 10.0f && fma(2.0, 3.0, 4.0) == 10.0);
-  CHECK(any(true) && !any(false) && all(true));
+  CHECK(any(true) && !any(false) && all(true) && none(false));
+  CHECK(is_finite(1e38f) && !is_finite(INFINITY) && !is_finite(NAN));
+  CHECK(pow(2.0f, 3.0f) == 8.0f && pow(2.0, 0.5) == sqrt(2.0));
 }
 
 // ---- reduction ladder --------------------------------------------------------------------------
@@ -250,6 +252,22 @@ TEST(block_reductions) {
       CHECK(std::memcmp(first_bits.data(), out.data(), 6 * sizeof(float)) == 0);
     });
   }
+}
+
+// The same instantiation twice in a row shares its slots: the second must not overtake the first.
+__global__ void twice_kernel(float* out) {
+  const float first = block_sum(1.0f);
+  const float second = block_sum(static_cast<float>(threadIdx.x / 32));
+  out[2 * threadIdx.x] = first;
+  out[2 * threadIdx.x + 1] = second;
+}
+
+TEST(block_reductions_may_follow_each_other) {
+  for_each_order([] {
+    Buffer<float> out(512);
+    run(twice_kernel, 1, 256, 0, out.data());
+    for (int t = 0; t < 256; ++t) CHECK(out[2 * t] == 256 && out[2 * t + 1] == 32 * 28);
+  });
 }
 
 #if !defined(__CUDACC__)

@@ -485,10 +485,10 @@ TEST(orders_are_parsed) {
   using simt::host::parse_schedule;
   CHECK(parse_schedule(nullptr).order == Order::kAscending);
   CHECK(parse_schedule("descending").order == Order::kDescending);
-  CHECK(parse_schedule("shuffled:17").order == Order::kShuffled);
-  CHECK(parse_schedule("shuffled:17").seed == 17);
+  CHECK(parse_schedule("shuffle:17").order == Order::kShuffle);
+  CHECK(parse_schedule("shuffle:17").seed == 17);
   CHECK(parse_schedule("warp_ahead").order == Order::kWarpAhead);
-  CHECK_THROWS(parse_schedule("sideways"), "KDK_SIMT_ORDER");
+  CHECK_THROWS(parse_schedule("sideways:3"), "got sideways");
 }
 
 __global__ void order_kernel(int* log, int* count) {

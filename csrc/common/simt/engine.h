@@ -169,7 +169,7 @@ inline void Engine::run(const LaunchInfo& info, void (*body)(void*), void* argum
   const uint64_t blocks = uint64_t{info.grid.x} * info.grid.y * info.grid.z;
   const Order order = schedule().order;
   std::vector<uint32_t> sequence;
-  if (order == Order::kShuffled || order == Order::kWarpAhead) {
+  if (order == Order::kShuffle || order == Order::kWarpAhead) {
     sequence.resize(blocks);
     std::iota(sequence.begin(), sequence.end(), 0u);
     shuffle(sequence);
@@ -261,7 +261,7 @@ inline void Engine::draw_order() {
   if (order == Order::kDescending) {
     for (size_t i = 0; i < order_.size(); ++i) order_[i] = threads_ - 1 - static_cast<int>(i);
   }
-  if (order == Order::kShuffled || order == Order::kWarpAhead) shuffle(order_);
+  if (order == Order::kShuffle || order == Order::kWarpAhead) shuffle(order_);
 }
 
 // One pass over the lanes; false if nobody could run.

@@ -40,9 +40,19 @@ struct LaunchInfo {
   std::string shape;  // free text for error messages, such as "N=4, V=32000"
 };
 
-// kAscending, kDescending: lanes and blocks by number. kShuffled: a new random order in every pass.
+// kAscending, kDescending: lanes and blocks by number. kShuffle: a new random order in every pass.
 // kWarpAhead: a random warp runs as far as it can before another one moves.
-enum class Order { kAscending, kDescending, kShuffled, kWarpAhead };
+enum class Order { kAscending, kDescending, kShuffle, kWarpAhead };
+
+// "ascending", "descending", "shuffle" or "warp_ahead".
+inline Order parse_order(const std::string& name) {
+  if (name == "ascending") return Order::kAscending;
+  if (name == "descending") return Order::kDescending;
+  if (name == "shuffle") return Order::kShuffle;
+  if (name == "warp_ahead") return Order::kWarpAhead;
+  throw std::invalid_argument(
+      "schedule order: expected ascending, descending, shuffle or warp_ahead, got " + name);
+}
 
 namespace host {
 
@@ -51,29 +61,15 @@ struct Schedule {
   uint64_t seed = 0;
 };
 
-// KDK_SIMT_ORDER=ascending | descending | shuffled[:seed] | warp_ahead[:seed]
+// KDK_SIMT_ORDER=<order> or <order>:<seed>
 inline Schedule parse_schedule(const char* text) {
   Schedule schedule;
   if (!text || !*text) return schedule;
   const std::string all(text);
   const size_t colon = all.find(':');
-  const std::string order = all.substr(0, colon);
+  schedule.order = parse_order(all.substr(0, colon));
   if (colon != std::string::npos) {
     schedule.seed = std::strtoull(all.c_str() + colon + 1, nullptr, 10);
-  }
-  if (order == "ascending") {
-    schedule.order = Order::kAscending;
-  } else if (order == "descending") {
-    schedule.order = Order::kDescending;
-  } else if (order == "shuffled") {
-    schedule.order = Order::kShuffled;
-  } else if (order == "warp_ahead") {
-    schedule.order = Order::kWarpAhead;
-  } else {
-    throw std::invalid_argument(
-        "KDK_SIMT_ORDER: expected ascending, descending, shuffled[:seed] or warp_ahead[:seed], "
-        "got " +
-        all);
   }
   return schedule;
 }
