@@ -168,8 +168,8 @@ struct PowerRatio {
   }
 };
 
-// x = 2^u (u if the form needs logarithms) and y = v - u of n entries, whole vectors: y becomes s and
-// x becomes q times *unit.
+// x = 2^u (u if the form needs logarithms) and y = v - u of n entries, whole vectors: y becomes s
+// and x becomes q times *unit.
 template <class Form, class V, class S>
 RowTerms ratio_terms(S* x, S* y, int64_t n, const RowNumbers<S>& numbers, double* unit) {
   const RowNumbers<S> row = numbers;  // a copy that the stores below cannot alias
