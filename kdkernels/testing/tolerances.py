@@ -7,7 +7,7 @@ import torch
 # contract.md, Numbers: row values of KL-type kinds, relative to float64 of the same inputs.
 VALUE_FLOAT32 = 1e-5
 # float64 kernels: sums of V terms of relative error 2^-53 each, exp and log within 4 ulp.
-VALUE_FLOAT64 = 1e-12
+VALUE_FLOAT64 = 1e-9
 
 # A gradient entry is (s_v - q_v S) x factor in float32. exp2 is right to 2.5e-7, the argument of
 # exp2 to half an ulp of |z| log2(e) / tau (2^-23 x |u| ln 2 for |u| <= 64: 5e-6), and the entry is
