@@ -1,4 +1,4 @@
-"""divergence_fwd and divergence_bwd of every backend against the float64 reference, called directly."""
+"""The functions of every backend, called directly, against the float64 reference."""
 
 from __future__ import annotations
 

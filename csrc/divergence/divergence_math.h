@@ -106,8 +106,16 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
 
 // Below this |x| small_gap serves; above it the direct form does. float: at 1 the direct form has
 // lost a factor 3, at 1/4 it would have lost 30. double: the polynomial ends at 1/4.
+template <class F, class = void>
+struct ScalarOf {
+  using type = F;
+};
 template <class F>
-constexpr double kSmallGap = std::is_same<F, double>::value ? 0.25 : 1.0;
+struct ScalarOf<F, std::void_t<typename F::Scalar>> {  // SIMD lanes
+  using type = typename F::Scalar;
+};
+template <class F>
+constexpr double kSmallGap = std::is_same<typename ScalarOf<F>::type, double>::value ? 0.25 : 1.0;
 
 // e^-x - 1 + x, accurate relative to its own size (x^2 / 2 near 0). Taylor; the first term left out
 // is 5e-9 of the value at |x| = 1, 4e-15 at 1/4.
