@@ -1,4 +1,4 @@
-"""Every backend's divergence_fwd and divergence_bwd against the float64 reference, called directly."""
+"""The functions of every backend, called directly, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def gradient_bound(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(backend, kind):
-    student, teacher = logits(6, 2100, std=4.0)
+    student, teacher = logits(4, 1300, std=4.0)
     check(backend, student, teacher, spec_of(kind), gradient_rtol=gradient_bound(kind))
     check(
         backend,
@@ -267,14 +267,8 @@ def test_float64(backend, kind):
     if backend.__name__.endswith("cuda"):
         pytest.skip("float64 is served by torch, cpu and simt")
     student, teacher = logits(3, 77, torch.float64, std=3.0)
-    check(
-        backend,
-        student,
-        teacher,
-        spec_of(kind, student_temperature=1.3, teacher_temperature=1.3),
-        teacher_gradient=True,
-        temperature_gradient=True,
-    )
+    spec = spec_of(kind, student_temperature=1.3, teacher_temperature=1.3)
+    check(backend, student, teacher, spec, teacher_gradient=True, temperature_gradient=True)
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -285,21 +279,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("kind", ["forward_kl", "jensen_shannon", "linear"])
 def test_dtypes(backend, kind, dtype, other):
     student, teacher = logits(4, 1234, dtype, std=3.0, other=other)
-    check(
-        backend,
-        student,
-        teacher,
-        spec_of(kind, student_temperature=2.0, teacher_temperature=2.0),
-        teacher_gradient=True,
-    )
-    check(
-        backend, student, teacher, spec_of(kind, student_temperature=2.0, teacher_temperature=2.0)
-    )
+    spec = spec_of(kind, student_temperature=2.0, teacher_temperature=2.0)
+    check(backend, student, teacher, spec, teacher_gradient=True)
+    check(backend, student, teacher, spec)
 
 
-@pytest.mark.parametrize(
-    "columns", [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 1023, 1024, 1025, 2049]
-)
+@pytest.mark.parametrize("columns", [1, 2, 3, 15, 16, 17, 31, 33, 63, 1023, 1024, 1025, 2049])
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_forward_kl", "triangular"])
 def test_widths_and_misaligned_bases(backend, kind, columns):
     for dtype in (torch.float32, torch.bfloat16):
@@ -332,7 +317,7 @@ def test_value_at_every_gap(backend, gap, std):
         "linear",
         "hellinger",
     ):
-        student, teacher = logits(4, 3000, gap=gap, std=std, seed=int(1000 * gap + std))
+        student, teacher = logits(4, 1500, gap=gap, std=std, seed=int(1000 * gap + std))
         for row, margin in ((2, 8.0), (3, 3.0)):  # rows that have all but collapsed onto one entry
             peak = teacher[row].logsumexp(-1) + margin
             student[row, 17] += peak - teacher[row, 17]
@@ -349,7 +334,7 @@ def test_value_at_every_gap(backend, gap, std):
                 want.value,
                 rtol=1e-5,
                 atol=atol,
-                msg=lambda m: f"{kind} tau {tau}: {m}",
+                msg=f"{kind} tau {tau}: {got.value} is not {want.value}",
             )
 
 
@@ -578,9 +563,8 @@ def test_impossible_logits(backend, kind, columns):
     for reduction in (S.NONE, S.MEAN):
         check(backend, student, teacher, spec_of(kind, reduction=reduction))
     labels = torch.tensor([1, 5, 3, 4, 1, 7])
-    check(
-        backend, student, teacher, spec_of(kind, reduction=S.NONE, label_weight=0.5), labels=labels
-    )
+    spec = spec_of(kind, reduction=S.NONE, label_weight=0.5)
+    check(backend, student, teacher, spec, labels=labels)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "jensen_shannon", "alpha_0.5"])
@@ -652,11 +636,14 @@ def test_every_instruction_set(extension, isa):
     cpu = registry.load("cpu")
     with _isa(extension, isa):
         assert extension.isa() == isa
+        student, teacher = logits(3, 1100, std=4.0)
         for kind in (
             "forward_kl",
+            "reverse_kl",
             "linear",
             "jensen_shannon",
             "skew_forward_kl",
+            "total_variation",
             "triangular",
             "squared_hellinger",
             "chi_squared",
@@ -664,7 +651,15 @@ def test_every_instruction_set(extension, isa):
             "alpha_beta",
             "alpha_0",
         ):
-            test_kinds(cpu, kind)
+            check(cpu, student, teacher, spec_of(kind), gradient_rtol=gradient_bound(kind))
+            check(
+                cpu,
+                student,
+                teacher,
+                spec_of(kind),
+                gradient_rtol=gradient_bound(kind),
+                teacher_gradient=True,
+            )
         for dtype in DTYPES:
             test_dtypes(cpu, "forward_kl", dtype, dtype)
         for columns in (1, 17, 1025):
@@ -673,14 +668,13 @@ def test_every_instruction_set(extension, isa):
             test_impossible_logits(cpu, kind, 1500)
             test_nan_stays_in_its_row(cpu, "forward_kl", 1500)
         test_reference_that_rises_along_the_row(cpu)
-        test_value_at_every_gap(cpu, 0.01, 5.0)
         test_label_term_clip_and_in_place(cpu, "forward_kl", 2.0)
         test_float64(cpu, "jensen_shannon")
 
 
 def test_rows_wider_than_the_scratch(extension):
     cpu = registry.load("cpu")
-    student, teacher = logits(1, 270_001, std=3.0)
+    student, teacher = logits(1, 263_001, std=3.0)
     for kind in ("forward_kl", "jensen_shannon"):
         check(cpu, student, teacher, spec_of(kind), inplace=kind == "forward_kl")
 
@@ -705,15 +699,10 @@ def test_bits_do_not_depend_on_threads(extension):
 def test_large_fresh_gradient_around_the_cache(extension):
     cpu = registry.load("cpu")
     for dtype in (torch.float32, torch.bfloat16):
-        student, teacher = logits(20, 30_011, dtype, std=3.0)
+        student, teacher = logits(20, 15_011, dtype, std=3.0)
         check(cpu, student, teacher, spec_of("forward_kl"))
-        check(
-            cpu,
-            student,
-            teacher,
-            spec_of("triangular", label_weight=0.5, student_temperature=2.0),
-            labels=torch.arange(20),
-        )
+        spec = spec_of("triangular", label_weight=0.5, student_temperature=2.0)
+        check(cpu, student, teacher, spec, labels=torch.arange(20))
 
 
 def test_bad_numbers_are_refused_before_anything_is_written(extension):

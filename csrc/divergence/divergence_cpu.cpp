@@ -1,15 +1,16 @@
 // Row kernels of the divergences, compiled once per CPU ISA.
 //
 //   statistics   one read of both rows: normalisers, one-pass KL
-//   terms        D, S and T of the kinds that need both normalisers first; the linear group has them
-//                from the statistics
+//   terms        D, S and T of the kinds that need both normalisers first; the linear group takes
+//                them from the statistics
 //   gradient     one pass, non-temporal stores into a large fresh gradient
 //
-// For a student gradient alone the statistics leave the row pair in an L2-sized scratch buffer, in the
-// form that the kind's later passes need (divergence_ratio.h). Everything else is computed from the
-// logits again, which lie in the cache (divergence_exact.h): rows too wide for the scratch, rows whose
-// value is small, the teacher's and the temperatures' gradients, float64, the backward. A row's arithmetic depends on that row alone, so
-// neither the number of threads nor the neighbours change a bit.
+// For a student gradient alone the statistics leave the row pair in an L2-sized scratch buffer, in
+// the form that the kind's later passes need (divergence_ratio.h). Everything else is computed from
+// the logits again, which lie in the cache (divergence_exact.h): rows too wide for the scratch,
+// rows whose value is small, the teacher's and the temperatures' gradients, float64, the backward.
+// A row's arithmetic depends on that row alone, so neither the number of threads nor the neighbours
+// change a bit.
 #include "common/parallel.h"
 #include "divergence/divergence_exact.h"
 #include "divergence/divergence_gradient.h"
@@ -19,7 +20,7 @@ namespace kd {
 namespace KDK_ISA_NAMESPACE {
 namespace {
 
-constexpr double kExactBelow = 0.05;      // nats; one-pass values below are finished from the gap
+constexpr double kExactBelow = 0.05;       // nats; one-pass values below are finished from the gap
 constexpr double kExactBelowError = 0.03;  // the same for other kinds, times sqrt(sum scale^2)
 
 template <class S>
@@ -96,8 +97,8 @@ enum class Way { kForward, kReverse, kLinear, kRatio, kLogRatio, kExact };
 // The fast ways keep the row pair in scratch and serve a student gradient alone.
 template <class S>
 Way way_of(const RowKind<S>& c, DivergenceGroup group, bool fast) {
-  const bool linear = c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) ||
-                      c.entropy != S(0);
+  const bool linear =
+      c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) || c.entropy != S(0);
   if (c.other == S(0)) {
     if (c.reverse_kl == S(0) && c.entropy == S(0)) return Way::kForward;
     const bool plain = c.cross_entropy == S(0) && c.entropy == S(0);
@@ -177,7 +178,8 @@ LabelTerm<S> label_term(const Side<TS>& z, int64_t index, double natural_lse, do
 template <class TS, class TT>
 void gradients_from_logits(const DivergenceRows& c, Row<TS, TT>& r,
                            const GradientScale<compute_t<TS>>& scale,
-                           const LabelTerm<compute_t<TS>>& label, double factor, double divergence) {
+                           const LabelTerm<compute_t<TS>>& label, double factor,
+                           double divergence) {
   using S = compute_t<TS>;
   const bool tau = r.grad_tau != nullptr;
   double moment_s = 0, moment_t = 0;
@@ -213,20 +215,20 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   // The second buffer starts away from the first one's 4 KiB aliases.
   const int64_t offset = (columns + 1023) / 1024 * 1024 + 16 * 17;
   const size_t bytes = static_cast<size_t>(offset + columns + 16) * sizeof(S);
-  const bool fast = bytes <= kScratchLimit && r.grad_s != nullptr && r.grad_t == nullptr &&
-                    r.grad_tau == nullptr;
+  const bool fast =
+      bytes <= kScratchLimit && r.grad_s != nullptr && r.grad_t == nullptr && r.grad_tau == nullptr;
   Way way = way_of(r.n.kind, r.group, fast);
   const bool keep = fast && way != Way::kLinear && way != Way::kExact;
   S* const x = keep ? reinterpret_cast<S*>(scratch(bytes)) : nullptr;
   S* const y = keep ? x + offset : nullptr;
   const RowSums<S> sums =
-      !keep                    ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y)
-      : way == Way::kForward   ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
-      : way == Way::kLogRatio  ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y)
-                               : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y);
+      !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y)
+      : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
+      : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y)
+                              : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y);
   // Of p and q only q and p / q are kept: not enough where q underflows beside a p that matters.
-  const bool near = sums.top_gap - (__builtin_log2(sums.sum_t) - __builtin_log2(sums.sum_s)) <
-                    kLargestGap;
+  const bool near =
+      sums.top_gap - (__builtin_log2(sums.sum_t) - __builtin_log2(sums.sum_s)) < kLargestGap;
   const bool ratio = way == Way::kReverse || way == Way::kRatio || way == Way::kLogRatio;
   if (ratio && !near) way = way == Way::kReverse ? Way::kLinear : Way::kExact;
   if (sums.is_nan) {
@@ -246,7 +248,7 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   }
   const bool ordinary = !flowing && !stopped && !impossible;
   double cx = 0, cy = 0, cr = 0;  // ScratchGradient without the row's factor
-  double q_unit = 1 / sum_s;  // q = x times this
+  double q_unit = 1 / sum_s;      // q = x times this
   RowTerms terms;
   if (way == Way::kForward || way == Way::kReverse || way == Way::kLinear) {
     const RowKind<S>& k = r.n.kind;
@@ -309,8 +311,8 @@ void forward_row(const DivergenceRows& c, int64_t index) {
       label_lse = kLn2 * (label_lse + double(plain.max));
     }
     const double logit = to_float(r.z.logits[gold]);
-    row_value += c.spec.label_weight *
-                 (logit > -__builtin_inf() ? label_lse - logit : __builtin_inf());
+    row_value +=
+        c.spec.label_weight * (logit > -__builtin_inf() ? label_lse - logit : __builtin_inf());
     label = label_term<TS, S>(r.z, gold, label_lse, factor * c.spec.label_weight);
   }
   r.stats[kMaxS] = r.z.max;
@@ -332,8 +334,7 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   const double by_student = slope == 0 ? 0 : factor * slope / r.n.tau_s;
   GradientScale<S> scale;
   scale.student = static_cast<S>(by_student);
-  scale.teacher =
-      flowing || slope == 0 ? S(0) : static_cast<S>(factor * slope / r.n.tau_t);
+  scale.teacher = flowing || slope == 0 ? S(0) : static_cast<S>(factor * slope / r.n.tau_t);
   scale.centre_s = static_cast<S>(centre_s);
   scale.centre_t = static_cast<S>(centre_t);
   if (!keep || way == Way::kExact || way == Way::kLinear || by_student == 0) {
@@ -343,8 +344,9 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   from.product = way == Way::kReverse;
   cx *= by_student;
   cy *= by_student;
-  // The label's part. Its softmax is q at tau = 1; its one-hot goes into scratch, divided by what the
-  // gradient's pass multiplies it with, or after that pass where it multiplies by more than a number.
+  // The label's part. Its softmax is q at tau = 1; its one-hot goes into scratch, divided by what
+  // the gradient's pass multiplies it with, or after that pass where it multiplies by more than a
+  // number.
   const int64_t hot = label.active ? label.index : -1;
   S hot_gradient = 0;
   if (label.active && r.n.tau_s == S(1)) {
@@ -354,11 +356,13 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   if (hot >= 0 && !from.product) y[hot] -= static_cast<S>(double(label.coefficient) / cy);
   if (hot >= 0 && from.product) {
     const double soft =
-        label.active ? label.coefficient * __builtin_exp2(double(to_float(r.z.logits[hot])) * kLog2E - label.max - label.lse)
-                     : 0;
-    hot_gradient = static_cast<S>(
-        x[hot] * (cx + cy * y[hot] + by_student * cr * __builtin_exp2(y[hot])) + soft -
-        label.coefficient);
+        label.active
+            ? label.coefficient *
+                  __builtin_exp2(double(to_float(r.z.logits[hot])) * kLog2E - label.max - label.lse)
+            : 0;
+    hot_gradient =
+        static_cast<S>(x[hot] * (cx + cy * y[hot] + by_student * cr * __builtin_exp2(y[hot])) +
+                       soft - label.coefficient);
   }
   from.cx = static_cast<S>(cx);
   from.cy = static_cast<S>(cy);
@@ -407,18 +411,25 @@ void rows(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
 template <class TS>
 void dispatch_teacher(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
   switch (c.teacher.dtype) {
-    case DType::kFloat16: return rows<TS, f16>(c, forward, begin, end);
-    case DType::kBFloat16: return rows<TS, bf16>(c, forward, begin, end);
-    default: return rows<TS, float>(c, forward, begin, end);
+    case DType::kFloat16:
+      return rows<TS, f16>(c, forward, begin, end);
+    case DType::kBFloat16:
+      return rows<TS, bf16>(c, forward, begin, end);
+    default:
+      return rows<TS, float>(c, forward, begin, end);
   }
 }
 
 void dispatch(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
   switch (c.student.dtype) {
-    case DType::kFloat64: return rows<double, double>(c, forward, begin, end);
-    case DType::kFloat16: return dispatch_teacher<f16>(c, forward, begin, end);
-    case DType::kBFloat16: return dispatch_teacher<bf16>(c, forward, begin, end);
-    default: return dispatch_teacher<float>(c, forward, begin, end);
+    case DType::kFloat64:
+      return rows<double, double>(c, forward, begin, end);
+    case DType::kFloat16:
+      return dispatch_teacher<f16>(c, forward, begin, end);
+    case DType::kBFloat16:
+      return dispatch_teacher<bf16>(c, forward, begin, end);
+    default:
+      return dispatch_teacher<float>(c, forward, begin, end);
   }
 }
 

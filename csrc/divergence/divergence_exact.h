@@ -1,5 +1,6 @@
-// Terms of a row from its logits by divergence_math.h, any kind and any dtype, with d = log p - log q
-// taken from the difference of the logits themselves: right at every gap between student and teacher.
+// Terms of a row from its logits by divergence_math.h, any kind and any dtype, with d = log p - log
+// q taken from the difference of the logits themselves: right at every gap between student and
+// teacher.
 #pragma once
 
 #include "divergence/divergence_ratio.h"
@@ -24,8 +25,8 @@ struct Entries {
 
   Entries(const Side<TS>& student, const Side<TT>& teacher, const RowNumbers<S>& row)
       : z(student), a(teacher), gap(row.gap) {
-    // In the logits' own units, which the rounded scale defines (not tau): then sum p = sum q = 1 and
-    // d fit each other to second order, whatever constant was added to one row.
+    // In the logits' own units, which the rounded scale defines (not tau): then sum p = sum q = 1
+    // and d fit each other to second order, whatever constant was added to one row.
     same_tau = z.scale == a.scale;
     const double shift = (row.exact_gap + (double(a.max) - double(z.max))) / double(z.scale);
     const S high = static_cast<S>(shift);
@@ -34,7 +35,8 @@ struct Entries {
     unit = V(static_cast<S>(double(z.scale) * kLn2));
   }
 
-  // u, v and the natural log p - log q of n entries (whole vectors, at most kBlock) from `begin` on.
+  // u, v and the natural log p - log q of n entries (whole vectors, at most kBlock) from `begin`
+  // on.
   void load(int64_t begin, int64_t n, S* u_out, S* v_out, S* d_out) const {
     const V dead(kDead), ln2(kLn2);
     for (int64_t i = 0; i < n; i += V::kLanes) {
@@ -57,7 +59,8 @@ struct Entries {
 };
 
 template <DivergenceGroup G, class V, class S>
-KD_LANES Terms<V> terms_at(const S* u, const S* v, const S* d, const RowNumbers<S>& row, V* p, V* q) {
+KD_LANES Terms<V> terms_at(const S* u, const S* v, const S* d, const RowNumbers<S>& row, V* p,
+                           V* q) {
   const V ln2(kLn2), x = V::load(u), y = V::load(v);
   *p = exp2(y) * V(row.inverse_t);
   *q = exp2(x) * V(row.inverse_s);
@@ -104,10 +107,14 @@ DivergenceGroup group_of_row(const RowKind<S>& kind, DivergenceGroup group) {
 template <class Fn>
 KD_LANES void with_group(DivergenceGroup group, const Fn& fn) {
   switch (group) {
-    case DivergenceGroup::kLinear: return fn(GroupTag<DivergenceGroup::kLinear>{});
-    case DivergenceGroup::kMixture: return fn(GroupTag<DivergenceGroup::kMixture>{});
-    case DivergenceGroup::kProbability: return fn(GroupTag<DivergenceGroup::kProbability>{});
-    case DivergenceGroup::kPower: return fn(GroupTag<DivergenceGroup::kPower>{});
+    case DivergenceGroup::kLinear:
+      return fn(GroupTag<DivergenceGroup::kLinear>{});
+    case DivergenceGroup::kMixture:
+      return fn(GroupTag<DivergenceGroup::kMixture>{});
+    case DivergenceGroup::kProbability:
+      return fn(GroupTag<DivergenceGroup::kProbability>{});
+    case DivergenceGroup::kPower:
+      return fn(GroupTag<DivergenceGroup::kPower>{});
   }
 }
 
@@ -123,7 +130,8 @@ RowTerms exact_terms(const Side<TS>& z, const Side<TT>& a, const RowNumbers<S>& 
   for (int64_t begin = (columns - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
     const int64_t n = padded<V>(columns - begin < kBlock ? columns - begin : kBlock);
     entries.load(begin, n, u, v, d);
-    with_group(group, [&](auto tag) { total += sum_block<decltype(tag)::value, V>(u, v, d, n, row); });
+    with_group(group,
+               [&](auto tag) { total += sum_block<decltype(tag)::value, V>(u, v, d, n, row); });
   }
   return total;
 }

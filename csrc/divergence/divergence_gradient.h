@@ -69,12 +69,12 @@ void label_block(const Side<T>& z, int64_t begin, int64_t n, const LabelTerm<S>&
 // Coefficients of the gradients: coefficient * (s - q centre).
 template <class S>
 struct GradientScale {
-  S student = 0, teacher = 0;        // factor * slope / tau
+  S student = 0, teacher = 0;  // factor * slope / tau
   S centre_s = 0, centre_t = 0;
 };
 
-// Gradients of one row from the logits: any kind, either side, in place or not. If asked, the sums of
-// the gradients times u and v, for the temperatures.
+// Gradients of one row from the logits: any kind, either side, in place or not. If asked, the sums
+// of the gradients times u and v, for the temperatures.
 template <class TS, class TT, class S>
 void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers<S>& row,
                           DivergenceGroup group, const GradientScale<S>& scale,
@@ -111,7 +111,8 @@ void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers
     }
     sum_s += reduce_add_double(along_s);
     sum_t += reduce_add_double(along_t);
-    if (label.index >= begin && label.index < begin + n) s[label.index - begin] -= label.coefficient;
+    if (label.index >= begin && label.index < begin + n)
+      s[label.index - begin] -= label.coefficient;
     const auto left = [&](int64_t end) { return end - begin < n ? end - begin : n; };
     if (grad_s != nullptr && left(z.columns) > 0) {
       write_row<V>(grad_s + begin, left(z.columns), around_cache,
@@ -126,8 +127,8 @@ void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers
   if (moment_t != nullptr) *moment_t = sum_t;
 }
 
-// What a student gradient from scratch is multiplied from: cx x + cy y, or with x = 2^u and y = v - u
-// for reverse KL x (cx + cy y + cr 2^y).
+// What a student gradient from scratch is multiplied from: cx x + cy y, or with x = 2^u and y = v -
+// u for reverse KL x (cx + cy y + cr 2^y).
 template <class S>
 struct ScratchGradient {
   S cx = 0, cy = 0, cr = 0;

@@ -50,12 +50,16 @@ struct RatioTerms {
 template <bool Slanted>
 struct MixtureRatio {
   static constexpr bool kNeedsLog = false;
+  static constexpr bool kStaged = true;
+
   template <class V, class S>
-  static KD_LANES RatioTerms<V> terms(V q, V d, V, const RowKind<S>& c) {
-    const V w(c.mix), v(S(1) - c.mix);
-    const V r = exp2(d), p = q * r;
-    const V inside = fma(w, r, v);  // M / q
-    const V log_q = -log2(inside);  // log2(q / M)
+  static KD_LANES V inside(V r, const RowKind<S>& c) {  // M / q
+    return fma(V(c.mix), r, V(S(1) - c.mix));
+  }
+  // r = 2^d and log_m = log2(M / q) come from loops of their own.
+  template <class V, class S>
+  static KD_LANES RatioTerms<V> terms(V q, V d, V r, V log_m, const RowKind<S>& c) {
+    const V p = q * r, log_q = -log_m;
     RatioTerms<V> t;
     t.scale = p + q;
     t.teacher = V(c.to_teacher * S(kLn2)) * p * (log_q + d);
@@ -63,7 +67,7 @@ struct MixtureRatio {
     t.value = t.teacher + t.student;
     if constexpr (Slanted) {
       const S slant = c.to_teacher * (S(1) - c.mix) - c.to_student * c.mix;
-      const V by_m = (p - q) / inside;  // (p - q) q / M
+      const V by_m = (p - q) / inside(r, c);  // (p - q) q / M
       t.student -= V(slant * c.mix_student * (S(1) - c.mix)) * by_m;
       t.teacher -= V(slant * c.mix) * r * by_m;
     }
@@ -73,6 +77,7 @@ struct MixtureRatio {
 
 struct TotalVariationRatio {
   static constexpr bool kNeedsLog = false;
+  static constexpr bool kStaged = false;
   template <class V, class S>
   static KD_LANES RatioTerms<V> terms(V q, V d, V, const RowKind<S>&) {
     const V zero = V::zero(), half(0.5f);
@@ -89,6 +94,7 @@ struct TotalVariationRatio {
 
 struct HellingerRatio {
   static constexpr bool kNeedsLog = false;
+  static constexpr bool kStaged = false;
   template <class V, class S>
   static KD_LANES RatioTerms<V> terms(V q, V d, V, const RowKind<S>&) {
     const V half(0.5f);
@@ -104,6 +110,7 @@ struct HellingerRatio {
 
 struct TriangularRatio {
   static constexpr bool kNeedsLog = false;
+  static constexpr bool kStaged = false;
   template <class V, class S>
   static KD_LANES RatioTerms<V> terms(V q, V d, V, const RowKind<S>&) {
     const V one(1), two(2);
@@ -119,6 +126,7 @@ struct TriangularRatio {
 
 struct ChiSquaredRatio {
   static constexpr bool kNeedsLog = false;
+  static constexpr bool kStaged = false;
   template <class V, class S>
   static KD_LANES RatioTerms<V> terms(V q, V d, V, const RowKind<S>&) {
     const V one(1);
@@ -136,6 +144,7 @@ struct ChiSquaredRatio {
 template <bool Plain>
 struct PowerRatio {
   static constexpr bool kNeedsLog = !Plain;
+  static constexpr bool kStaged = false;
   template <class V, class S>
   static KD_LANES RatioTerms<V> terms(V q, V d, V lq, const RowKind<S>& c) {
     const S s = c.alpha + c.beta;
@@ -159,16 +168,27 @@ struct PowerRatio {
   }
 };
 
-// x = 2^u (u if the form needs logarithms) and y = v - u of n entries, whole vectors: y becomes s and
-// x becomes q times *unit.
+// x = 2^u (u if the form needs logarithms) and y = v - u of n entries, whole vectors: y becomes s
+// and x becomes q times *unit.
 template <class Form, class V, class S>
 RowTerms ratio_terms(S* x, S* y, int64_t n, const RowNumbers<S>& numbers, double* unit) {
   const RowNumbers<S> row = numbers;  // a copy that the stores below cannot alias
   const V inverse(row.inverse_s), gap(row.gap), lse(row.lse_s);
+  alignas(64) S powers[Form::kStaged ? kBlock : 1], logs[Form::kStaged ? kBlock : 1];
   RowTerms total;
   // Backwards: the end of the row is what the statistics have left in the cache.
   for (int64_t begin = (n - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    if constexpr (Form::kStaged) {
+      // An exponential and a logarithm in one chain are too long for the out-of-order window: apart
+      // they run at their throughput.
+      for (int64_t i = begin; i < end; i += V::kLanes) {
+        store(powers + (i - begin), exp2(V::load(y + i) - gap));
+      }
+      for (int64_t i = 0; i < end - begin; i += V::kLanes) {
+        store(logs + i, log2(Form::inside(V::load(powers + i), row.kind)));
+      }
+    }
     V value = V::zero(), square = value, student = value, teacher = value;
     for (int64_t i = begin; i < end; i += V::kLanes) {
       const V d = V::load(y + i) - gap;
@@ -180,7 +200,12 @@ RowTerms ratio_terms(S* x, S* y, int64_t n, const RowNumbers<S>& numbers, double
       } else {
         q = V::load(x + i) * inverse;
       }
-      const RatioTerms<V> t = Form::terms(q, d, lq, row.kind);
+      RatioTerms<V> t;
+      if constexpr (Form::kStaged) {
+        t = Form::terms(q, d, V::load(powers + (i - begin)), V::load(logs + (i - begin)), row.kind);
+      } else {
+        t = Form::terms(q, d, lq, row.kind);
+      }
       value += t.value;
       square = fma(t.scale, t.scale, square);
       student += t.student;

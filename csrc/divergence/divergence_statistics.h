@@ -3,12 +3,12 @@
 //   u = z log2(e) / tau_s - max_s      v = a log2(e) / tau_t - max_t      (one fma each)
 //
 // "max" is a lazy reference: the maximum of the row's first block. Any reference serves as long as
-// 2^u stays far from overflow, so no pass looks for the true maximum and nothing is rescaled; a block
-// that exceeds 2^60 restarts the row with the exact maxima, which happens once at most.
+// 2^u stays far from overflow, so no pass looks for the true maximum and nothing is rescaled; a
+// block that exceeds 2^60 restarts the row with the exact maxima, which happens once at most.
 //
-// The fast loop knows neither -inf nor NaN. Either one makes the block's sum of 2^v (v - u) infinite
-// or NaN; only then the block is done again with selects. A logit that is -inf, or so low that it
-// overflows in base 2, becomes kDead: finite, so that 0 * kDead = 0 in every later pass.
+// The fast loop knows neither -inf nor NaN. Either one makes the block's sum of 2^v (v - u)
+// infinite or NaN; only then the block is done again with selects. A logit that is -inf, or so low
+// that it overflows in base 2, becomes kDead: finite, so that 0 * kDead = 0 in every later pass.
 #pragma once
 
 #include "common/simd.h"
@@ -17,10 +17,10 @@
 namespace kd {
 namespace KDK_ISA_NAMESPACE {
 
-constexpr int64_t kBlock = 1024;      // entries between two checks
-constexpr float kDead = -1e30f;       // stands for log2(0)
-constexpr float kCeiling = 0x1p60f;   // of a block's sum
-constexpr float kUnderflow = -1050;   // 2^this is 0 even in float64
+constexpr int64_t kBlock = 1024;     // entries between two checks
+constexpr float kDead = -1e30f;      // stands for log2(0)
+constexpr float kCeiling = 0x1p60f;  // of a block's sum
+constexpr float kUnderflow = -1050;  // 2^this is 0 even in float64
 
 // Columns rounded up to whole vectors.
 template <class V>
@@ -32,20 +32,20 @@ KD_LANES int64_t padded(int64_t columns) {
 template <class T>
 struct Side {
   const T* logits;
-  int64_t columns;          // valid ones
-  compute_t<T> scale;       // log2(e) / tau
-  compute_t<T> max;         // the reference, base 2
+  int64_t columns;     // valid ones
+  compute_t<T> scale;  // log2(e) / tau
+  compute_t<T> max;    // the reference, base 2
 };
 
 template <class S>
 struct RowSums {
-  double sum_s = 0, sum_t = 0;  // of 2^u and 2^v
-  double gap = 0;               // of 2^v (v - u)
-  double cross = 0;             // of 2^v u
-  double reverse = 0;           // of 2^u (v - u)
-  double entropy = 0;           // of 2^u u
-  double top_gap = 0;           // largest v - u
-  bool no_q = false, no_p = false;                  // q = 0 < p, p = 0 < q somewhere
+  double sum_s = 0, sum_t = 0;      // of 2^u and 2^v
+  double gap = 0;                   // of 2^v (v - u)
+  double cross = 0;                 // of 2^v u
+  double reverse = 0;               // of 2^u (v - u)
+  double entropy = 0;               // of 2^u u
+  double top_gap = 0;               // largest v - u
+  bool no_q = false, no_p = false;  // q = 0 < p, p = 0 < q somewhere
   bool is_nan = false;
 };
 
@@ -96,8 +96,8 @@ KD_LANES compute_t<T> largest(const Side<T>& side, int64_t begin, int64_t end, b
 
 // Fast block of full vectors; true if every sum is finite and below the ceiling.
 template <Keep K, class TS, class TT, class V, class S>
-KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
-                         RowSums<S>* row) {
+KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x,
+                         S* y, RowSums<S>* row) {
   constexpr int kUnroll = 2;
   constexpr int64_t kStep = kUnroll * V::kLanes;
   constexpr int64_t kAhead = 4096;  // bytes; longer than the memory's latency, inside the page walk
