@@ -1,5 +1,5 @@
-// The extension module: `_C` (CPU, and CUDA where nvcc was there) or `_simt` (the CUDA sources run on
-// the host, development only). Both export the same functions.
+// The extension module: `_C` (CPU, and CUDA where nvcc was there) or `_simt` (the CUDA sources run
+// on the host, development only). Both export the same functions.
 #include "bind.h"
 #include "common/isa.h"
 #include "common/parallel.h"

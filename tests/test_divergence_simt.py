@@ -1,6 +1,6 @@
 """What only the emulator can show of the CUDA kernels: the same bits in every order of threads,
-shared memory that is written before it is read, rows on every alignment, blocks of every size, a grid
-smaller than the rows; and the kernels against the float64 reference."""
+shared memory that is written before it is read, rows on every alignment, blocks of every size, a
+grid smaller than the rows; and the kernels against the float64 reference."""
 
 from __future__ import annotations
 
@@ -473,7 +473,7 @@ def everything(name, z, a, **options):
 @pytest.mark.parametrize("v", [5, 700, 3001])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_order_of_threads_changes_no_bit(name, v):
-    """Missing barriers show as other bits, as NaN (fresh shared memory) or as the emulator's error."""
+    """Missing barriers show as other bits, as NaN or as the emulator's error."""
     z, a = rows(6, v)
     options = {
         "labels": LABELS.clamp(max=v - 1),

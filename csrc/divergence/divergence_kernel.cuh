@@ -20,10 +20,12 @@ namespace kd::cuda {
 
 // ---- 1. statistics -----------------------------------------------------------------------------
 
-// Sums beside the normaliser. kForward: the difference of the logits, weighted by the teacher; kLinear: that and the
-// student's own logit, weighted by either row.
+// Sums beside the normaliser. kForward: the difference of the logits, weighted by the teacher;
+// kLinear: that and the student's own logit, weighted by either row.
 template <Variant kVariant>
-constexpr int kTeacherSums = kVariant == Variant::kForward ? 2 : kVariant == Variant::kLinear ? 3 : 1;
+constexpr int kTeacherSums = kVariant == Variant::kForward  ? 2
+                             : kVariant == Variant::kLinear ? 3
+                                                            : 1;
 template <Variant kVariant>
 constexpr int kStudentSums = kVariant == Variant::kLinear ? 3 : 1;
 
@@ -56,10 +58,9 @@ KD_DEVICE void push_plain(LogitSums<F, 1>& sums, const F (&x)[kChunk], F top) {
 }
 
 template <Variant kVariant, class Pair, class F>
-KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale,
-                                                 F teacher_scale, const Origin<F>& origin,
-                                                 bool same, bool with_label,
-                                                 LogitSums<F, 1>& label) {
+KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale, F teacher_scale,
+                                                 const Origin<F>& origin, bool same,
+                                                 bool with_label, LogitSums<F, 1>& label) {
   Statistics<kVariant, F> sums;
   sums.student.scale = student_scale;
   sums.teacher.scale = teacher_scale;
@@ -118,8 +119,9 @@ KD_DEVICE F excess_of(const Entry<F>& e) {
   return abs(e.d) < F(kSmallGap<F>) ? e.p * (small_gap(e.d) - e.d) : e.q - e.p;
 }
 
-// Whether the common error of all d moves the value: by its square where d enters squared, by itself
-// in the probability and power groups. Never for rows that differ by more than rounding does.
+// Whether the common error of all d moves the value: by its square where d enters squared, by
+// itself in the probability and power groups. Never for rows that differ by more than rounding
+// does.
 template <Variant kVariant, class F>
 KD_DEVICE bool needs_correction(const TermSums<F>& sums) {
   const bool squared = kVariant != Variant::kProbability && kVariant != Variant::kPower;
@@ -258,11 +260,11 @@ KD_DEVICE RowValue<F> value_of(TermSums<F>& sums, const RowParams<F>& params,
 
 template <class F>
 struct GradientPlan {
-  F student, teacher;      // factor x slope / tau
-  F label;                 // factor x label weight; 0 without a label
-  F centre_s, centre_t;    // S and T of divergence_math.h
-  F label_lse;             // natural log-sum-exp of the student at tau = 1
-  F temperature;           // d(row value)/d tau_s through tau_s^2, times factor
+  F student, teacher;    // factor x slope / tau
+  F label;               // factor x label weight; 0 without a label
+  F centre_s, centre_t;  // S and T of divergence_math.h
+  F label_lse;           // natural log-sum-exp of the student at tau = 1
+  F temperature;         // d(row value)/d tau_s through tau_s^2, times factor
   int64_t label_column;
 
   KD_DEVICE GradientPlan(const RowParams<F>& params, const RowFacts<F>& facts, F factor, F slope,
@@ -377,8 +379,8 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
       pair.wants_student() || pair.wants_teacher() || params.grad_temperature;
 
   // Everybody has read kUnit before thread 0 writes the row's statistics.
-  const auto write = [&](const RowSums<F>& row_sums, const TermSums<F>& sums, F divergence,
-                         F slope, F lse, F value) {
+  const auto write = [&](const RowSums<F>& row_sums, const TermSums<F>& sums, F divergence, F slope,
+                         F lse, F value) {
     __syncthreads();
     if (threadIdx.x != 0) return;
     stats[kMaxS] = row_sums.student_reference;
@@ -393,7 +395,8 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     stats[kValue] = value;
     stats[kFactor] = factor;
     stats[kUnit] = unit;
-    if (params.value) params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
+    if (params.value)
+      params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
   };
 
   if (!facts.selected || !facts.valid) {
@@ -437,10 +440,9 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     return fill_gradients(pair, params, row, factor == F(0) ? F(0) : F(NAN));
   }
   // From what is stored, so that a backward repeats this gradient to the bit.
-  write_gradients<kVariant>(pair, params, row,
-                            RowSoftmax<F>(row_sums, facts.student_tau, facts.teacher_tau), kind,
-                            GradientPlan<F>(params, facts, factor, result.slope, result.divergence,
-                                            sums, lse));
+  write_gradients<kVariant>(
+      pair, params, row, RowSoftmax<F>(row_sums, facts.student_tau, facts.teacher_tau), kind,
+      GradientPlan<F>(params, facts, factor, result.slope, result.divergence, sums, lse));
 }
 
 template <Variant kVariant, class T, class F>
@@ -515,13 +517,13 @@ void launch_rows(const RowParams<F>& params, bool forward, const LaunchInfo& inf
 
 // Each group is compiled in a file of its own, so that the compilers share the work.
 #if defined(__CUDACC__)
-#define KD_INSTANTIATE_ROWS(variant)              \
-  template void kd::cuda::launch_rows<variant, float>( \
-      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&);
+#define KD_INSTANTIATE_ROWS(variant)                                                           \
+  template void kd::cuda::launch_rows<variant, float>(const kd::cuda::RowParams<float>&, bool, \
+                                                      const kd::LaunchInfo&);
 #else
-#define KD_INSTANTIATE_ROWS(variant)                                   \
-  template void kd::cuda::launch_rows<variant, float>(                 \
-      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&); \
-  template void kd::cuda::launch_rows<variant, double>(                \
-      const kd::cuda::RowParams<double>&, bool, const kd::LaunchInfo&);
+#define KD_INSTANTIATE_ROWS(variant)                                                             \
+  template void kd::cuda::launch_rows<variant, float>(const kd::cuda::RowParams<float>&, bool,   \
+                                                      const kd::LaunchInfo&);                    \
+  template void kd::cuda::launch_rows<variant, double>(const kd::cuda::RowParams<double>&, bool, \
+                                                       const kd::LaunchInfo&);
 #endif

@@ -93,21 +93,32 @@ inline int threads_for(int64_t columns) {
 template <class F>
 KD_DEVICE F read_any(const void* row, DType dtype, int64_t column) {
   switch (dtype) {
-    case DType::kFloat16: return to_float(static_cast<const f16*>(row)[column]);
-    case DType::kBFloat16: return to_float(static_cast<const bf16*>(row)[column]);
+    case DType::kFloat16:
+      return to_float(static_cast<const f16*>(row)[column]);
+    case DType::kBFloat16:
+      return to_float(static_cast<const bf16*>(row)[column]);
     // float64 is served by the emulator only, which is built with F = double too.
-    case DType::kFloat64: return static_cast<F>(static_cast<const double*>(row)[column]);
-    default: return static_cast<const float*>(row)[column];
+    case DType::kFloat64:
+      return static_cast<F>(static_cast<const double*>(row)[column]);
+    default:
+      return static_cast<const float*>(row)[column];
   }
 }
 
 template <class F>
 KD_DEVICE void write_any(void* row, DType dtype, int64_t column, F value) {
   switch (dtype) {
-    case DType::kFloat16: static_cast<f16*>(row)[column] = cast<f16>(value); break;
-    case DType::kBFloat16: static_cast<bf16*>(row)[column] = cast<bf16>(value); break;
-    case DType::kFloat64: static_cast<double*>(row)[column] = static_cast<double>(value); break;
-    default: static_cast<float*>(row)[column] = cast<float>(value);
+    case DType::kFloat16:
+      static_cast<f16*>(row)[column] = cast<f16>(value);
+      break;
+    case DType::kBFloat16:
+      static_cast<bf16*>(row)[column] = cast<bf16>(value);
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(row)[column] = static_cast<double>(value);
+      break;
+    default:
+      static_cast<float*>(row)[column] = cast<float>(value);
   }
 }
 
@@ -201,9 +212,8 @@ class RowPair<AnyFloat, F> {
         a_(params.teacher, row, params.valid_teacher),
         gz_(params.grad_student, row, params.grad_student.columns),
         ga_(params.grad_teacher, row, params.grad_teacher.columns) {
-    const int64_t widest = params.student.columns > params.teacher.columns
-                               ? params.student.columns
-                               : params.teacher.columns;
+    const int64_t widest = params.student.columns > params.teacher.columns ? params.student.columns
+                                                                           : params.teacher.columns;
     count_ = (widest + kChunk - 1) / kChunk;
   }
 
@@ -276,9 +286,9 @@ class RowPair<AnyFloat, F> {
   int64_t count_;
 };
 
-// Online sums of 2^((x - max) scale), and of weights times that, with the maximum kept as the logit it
-// is: x - max rounds nothing where it matters, whereas x scale loses what a collapsed row, whose other
-// probabilities are 1e-9, is made of. Otherwise as OnlineSums of common/online.h.
+// Online sums of 2^((x - max) scale), and of weights times that, with the maximum kept as the logit
+// it is: x - max rounds nothing where it matters, whereas x scale loses what a collapsed row, whose
+// other probabilities are 1e-9, is made of. Otherwise as OnlineSums of common/online.h.
 template <class F, int K>
 struct LogitSums {
   F max;
@@ -384,9 +394,7 @@ struct Quotient {
   KD_DEVICE F times(F student) const {
     return is_excess() ? fma(student, code, student) : -student / code;
   }
-  KD_DEVICE F log2_value() const {
-    return is_excess() ? F(kLog2E) * log1p(code) : -log2(-code);
-  }
+  KD_DEVICE F log2_value() const { return is_excess() ? F(kLog2E) * log1p(code) : -log2(-code); }
   KD_DEVICE Quotient divided_by_one_plus(F x) const {
     return {is_excess() ? (code - x) / (F(1) + x) : code * (F(1) + x)};
   }
@@ -406,8 +414,8 @@ struct RowSums {
 // Both softmaxes of a row: logits in, entries out.
 //
 // log p - log q is the difference of the logits less that of the two largest ones, less
-// log(sum_t / sum_s): exactly 0 for equal rows, and exactly the last term where both rows have their
-// maximum, which is what a row that lies on one entry is made of.
+// log(sum_t / sum_s): exactly 0 for equal rows, and exactly the last term where both rows have
+// their maximum, which is what a row that lies on one entry is made of.
 template <class F>
 struct RowSoftmax {
   Softmax<F> student, teacher;
@@ -456,7 +464,8 @@ struct RowSoftmax {
   }
 
   // The normalisers are rounded, so all log p - log q are off by one common number: 1e-7, which is
-  // much where the rows differ by little. sum (q - p), measured as sum p (e^-d - 1), is that number.
+  // much where the rows differ by little. sum (q - p), measured as sum p (e^-d - 1), is that
+  // number.
   KD_DEVICE void correct(F measured) {
     quotient = quotient.divided_by_one_plus(measured);
     update();
@@ -472,8 +481,7 @@ struct RowSoftmax {
     e.lp = F(kLn2) * log_p;
     F d = (xt - xs) - lead_of_sums;
     if (same_temperature) {
-      const F apart = close ? (a - z) - lead
-                            : (a - teacher.reference) - (z - student.reference);
+      const F apart = close ? (a - z) - lead : (a - teacher.reference) - (z - student.reference);
       d = fma(apart, student.scale, -lead_of_sums);
     }
     e.d = F(kLn2) * d;
