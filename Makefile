@@ -51,7 +51,7 @@ asan: $(VENV)/.installed  ## C++ self tests under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_stack_use_after_return=0 $(BIN)/ctest --test-dir build/asan --output-on-failure
 
 ptxas: $(VENV)/.installed  ## compile for every architecture; registers and spills to build/ptxas.csv; a spill fails
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cmake/ptxas_table.py --jobs $(JOBS) $(PTXAS_FLAGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cmake/ptxas_table.py --jobs $(JOBS) $(if $(ARCHS),--archs "$(ARCHS)")
 
 bench: build peers_site  ## benchmarks against the peers
 	PYTHONPATH=peers_site $(BIN)/python -m kdkernels bench --peers $(BENCH_FLAGS)
