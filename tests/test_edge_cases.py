@@ -252,6 +252,7 @@ BAD_CALLS = [
     ({"kind": "forward_lk"}, ValueError, "forward_kl"),
     ({"kind": 3}, TypeError, "kind"),
     ({"kind": ()}, TypeError, "kind"),
+    ({"kind": (("forward_kl", 0.0),)}, ValueError, "kind"),
     ({"kind": (("forward_kl", "x"),)}, TypeError, "kind"),
     ({"kind": (("alpha", 1.0), ("triangular", 1.0))}, ValueError, "kind"),
     ({"kind": (("hellinger", 1.0), ("forward_kl", 1.0))}, ValueError, "kind"),

@@ -295,10 +295,7 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   const RowValue<double> value =
       finish_row<double>(total, c.spec, double(r.first), double(r.n.tau_s));
   // An infinite value whose slope is infinite too (Bhattacharyya of disjoint rows) has no gradient.
-  const RowKind<S>& kind = r.n.kind;
-  const bool nothing = kind.other == S(0) && kind.forward_kl == S(0) && kind.reverse_kl == S(0) &&
-                       kind.cross_entropy == S(0) && kind.entropy == S(0);
-  const bool flat = nothing || stopped || impossible || __builtin_isinf(value.slope);
+  const bool flat = stopped || impossible || __builtin_isinf(value.slope);
   const double slope = flat ? 0 : value.slope;
 
   // Label.
