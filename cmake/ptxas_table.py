@@ -19,9 +19,7 @@ FIELDS = ("kernel", "arch", "registers", "stack", "spill_stores", "spill_loads",
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _PROPERTIES = re.compile(r"Function properties for (\w+)")
-_STACK = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-)
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
@@ -55,8 +53,10 @@ def readable(names: list[str]) -> list[str]:
     if tool is None or not names:
         return names
     out = subprocess.run([tool], input="\n".join(names), text=True, capture_output=True, check=True)
-    return [re.sub(r"^void |kd::cuda::|kd::|\(anonymous namespace\)::|\([^()]*\)$", "", n)
-            for n in out.stdout.splitlines()]
+    return [
+        re.sub(r"^void |kd::cuda::|kd::|\(anonymous namespace\)::|\([^()]*\)$", "", n)
+        for n in out.stdout.splitlines()
+    ]
 
 
 def compile_log(build: Path, jobs: int, archs: str | None) -> str:
@@ -66,17 +66,33 @@ def compile_log(build: Path, jobs: int, archs: str | None) -> str:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         sys.exit("ptxas_table: nvcc is not on the PATH")
-    configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-DKDK_CUDA=ON",
-                 f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython_EXECUTABLE={sys.executable}",
-                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT / "csrc"),
+        "-B",
+        str(build),
+        "-DKDK_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
     if archs:
         configure.append(f"-DKDK_CUDA_ARCHS={archs}")
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     # Clean, because what is up to date prints nothing.
-    command = ["cmake", "--build", str(build), "--target", "kdkernels_core", "--clean-first",
-               "-j", str(jobs)]
+    command = [
+        "cmake",
+        "--build",
+        str(build),
+        "--target",
+        "kdkernels_core",
+        "--clean-first",
+        "-j",
+        str(jobs),
+    ]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(done.stdout[-4000:] + "\nptxas_table: the build failed")
@@ -109,12 +125,15 @@ def main() -> int:
     for arch in sorted({r["arch"] for r in rows}):
         mine = [r for r in rows if r["arch"] == arch]
         most = max(mine, key=lambda r: r["registers"])
-        print(f"{arch}: {len(mine)} kernels, at most {most['registers']} registers "
-              f"({most['kernel']})")
+        print(
+            f"{arch}: {len(mine)} kernels, at most {most['registers']} registers ({most['kernel']})"
+        )
     bad = [r for r in rows if r["spill_stores"] or r["spill_loads"] or r["stack"]]
     for row in bad:
-        print(f"SPILL {row['arch']} {row['kernel']}: stack {row['stack']}, stores "
-              f"{row['spill_stores']}, loads {row['spill_loads']}")
+        print(
+            f"SPILL {row['arch']} {row['kernel']}: stack {row['stack']}, stores "
+            f"{row['spill_stores']}, loads {row['spill_loads']}"
+        )
     print(f"{len(rows)} kernels, {len(bad)} with a spill or a stack; {arguments.out}")
     return 1 if bad else 0
 

@@ -3,7 +3,30 @@
 from importlib import metadata as _metadata
 
 from .backends import backends, debug, use_backend
-from .functional import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
+from .functional import (
+    LayerMatch,
+    Projector,
+    contrastive,
+    divergence,
+    feature,
+    forward_kl,
+    graph_on_logits,
+    gromov_wasserstein,
+    jensen_shannon,
+    match_layers,
+    plackett_luce,
+    ranking,
+    relation,
+    reverse_kl,
+    sinkhorn,
+    sinkhorn_assign,
+    sinkhorn_divergence,
+    sliced_gromov_wasserstein,
+    sorted_transport,
+    total_variation,
+    transport,
+)
+from .losses.registry import catalogue, loss
 
 try:
     __version__ = _metadata.version("kdkernels")
@@ -11,12 +34,30 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
     __version__ = "0+source"
 
 __all__ = [
+    "LayerMatch",
+    "Projector",
     "backends",
+    "catalogue",
+    "contrastive",
     "debug",
     "divergence",
+    "feature",
     "forward_kl",
+    "graph_on_logits",
+    "gromov_wasserstein",
     "jensen_shannon",
+    "loss",
+    "match_layers",
+    "plackett_luce",
+    "ranking",
+    "relation",
     "reverse_kl",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_divergence",
+    "sliced_gromov_wasserstein",
+    "sorted_transport",
     "total_variation",
+    "transport",
     "use_backend",
 ]

@@ -1,5 +1,5 @@
-// The extension module: `_C` (CPU, and CUDA where nvcc was there) or `_simt` (the CUDA sources run on
-// the host, development only). Both export the same functions.
+// The extension module: `_C` (CPU, and CUDA where nvcc was there) or `_simt` (the CUDA sources run
+// on the host, development only). Both export the same functions.
 #include "bind.h"
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", [](const std::string& name) { kd::set_isa(name.c_str()); });
   m.def("compiled_isas", [] {
     py::list names;
-    for (kd::Isa isa : kd::kCompiledIsas) names.append(kd::name(isa));
+    for (const kd::Isa isa : kd::kCompiledIsas) names.append(kd::name(isa));
     return names;
   });
   m.def("num_threads", &kd::num_threads);
@@ -61,4 +61,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
   kd::binding::bind_common(m);
   kd::binding::bind_divergence(m);
+  kd::binding::bind_gromov(m);
+  kd::binding::bind_transport(m);
+  kd::binding::bind_relation(m);
 }

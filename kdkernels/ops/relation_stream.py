@@ -1,0 +1,351 @@
+"""Row values and gradients of two relation maps, chunk by chunk: the maps are never held.
+
+torch makes the products of a chunk of rows, the backend's row kernel turns them in place into
+gradients, torch multiplies these back. Memory beside inputs and gradients: two chunks. Results
+are as deterministic as torch's matrix products.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import relation_spec as R
+from ..backends.registry import pick
+from ..backends.relation_spec import RelationSpec
+from .common import empty
+
+# Entries of one chunk of one map. CPU: both maps' chunks fit the caches of the cores that work on
+# them; CUDA: large enough to fill the device.
+_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Fewer rows make the matrix products slow; with many columns chunks are larger instead.
+_ROWS = 64
+# Entries of the unit differences that the angle kind holds at a time.
+_ANGLE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+class Selection(NamedTuple):
+    """Which pairs count: the conjunction of all that is given."""
+
+    row_mask: Tensor | None = None  # (H, N) bool
+    column_mask: Tensor | None = None  # (H, M) bool
+    pair_mask: Tensor | None = None  # (P, N, M) bool
+    pair_index: Tensor | None = None  # (H,) int64: the mask of each graph
+    row_block: Tensor | None = None  # (H, N) int64
+    column_block: Tensor | None = None  # (H, M) int64
+
+
+class Streamed(NamedTuple):
+    """What a walk over the maps gives; gradients are those of the sum of all row values."""
+
+    rows: Tensor  # (H, N, ROW) float64
+    q_s: Tensor | None  # (H, N, d): gradients
+    k_s: Tensor | None
+    q_t: Tensor | None
+    k_t: Tensor | None
+    pairs: Tensor | None  # (H, N, M) the entries, where asked for
+
+
+def chunk_shape(graphs: int, rows: int, columns: int, device: str) -> tuple[int, int]:
+    """(graphs, rows) of one chunk; several graphs only where their rows are whole."""
+    entries = _ENTRIES[device]
+    height = max(1, min(rows, max(_ROWS, entries // max(columns, 1))))
+    if height < rows:
+        return 1, height
+    return max(1, min(graphs, entries // max(rows * columns, 1))), height
+
+
+class _Side:
+    """One side of the relation: its products and where their gradients go."""
+
+    def __init__(self, q: Tensor, k: Tensor | None, need: bool, symmetric: bool):
+        self.q, self.k = q, q if k is None else k
+        self.itself, self.symmetric = k is None, symmetric and k is None
+        self.dq = self.dk = None
+        if need:
+            self.dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+            self.dk = (
+                self.dq
+                if self.itself
+                else torch.zeros_like(k, memory_format=torch.contiguous_format)
+            )
+
+    def products(self, graphs: slice, rows: slice, out: Tensor) -> None:
+        q, k = self.q[graphs, rows], self.k[graphs]
+        if q.shape[0] == 1:
+            torch.mm(q[0], k[0].t(), out=out[0])
+        else:
+            torch.bmm(q, k.mT, out=out)
+
+    def accumulate(self, gradient: Tensor, graphs: slice, rows: slice) -> None:
+        """Adds the share of d(sum) / d(products) (h, r, M) of one chunk."""
+        if self.dq is None:
+            return
+        q, k = self.q[graphs, rows], self.k[graphs]
+        dq, dk = self.dq[graphs, rows], self.dk[graphs]
+        factor = 2.0 if self.symmetric else 1.0
+        if q.shape[0] == 1:
+            dq[0].addmm_(gradient[0], k[0], alpha=factor)
+            if not self.symmetric:
+                dk[0].addmm_(gradient[0].t(), q[0])
+        else:
+            dq.baddbmm_(gradient, k, alpha=factor)
+            if not self.symmetric:
+                dk.baddbmm_(gradient.mT, q)
+
+    def accumulate_differences(
+        self, weights: Tensor, row_sums: Tensor, graphs: slice, rows: slice
+    ) -> None:
+        """The same for d value = sum W_ij <q_i - k_j, d(q_i - k_j)>: the distance kinds."""
+        if self.dq is None:
+            return
+        q, k = self.q[graphs, rows], self.k[graphs]
+        self.dq[graphs, rows] += row_sums.to(q.dtype)[:, :, None] * q - torch.bmm(weights, k)
+        self.dk[graphs] += weights.sum(1)[:, :, None] * k - torch.bmm(weights.mT, q)
+
+
+def _walk(
+    student,
+    teacher,
+    scales,
+    kind,
+    spec,
+    selection,
+    out,
+    *,
+    norms=None,
+    means=None,
+    row_weight=None,
+    pair_weight=None,
+    pairs=None,
+):
+    """One walk over the maps with the row kernel; fills `out` (H, N, ROW)."""
+    device = student.q.device.type
+    graphs, rows = student.q.shape[:2]
+    columns = student.k.shape[1]
+    height, width = chunk_shape(graphs, rows, columns, device)[::-1]
+    backend = pick("relation", device)
+    dtype = student.q.dtype
+    buffer_s = empty((width * height * columns,), dtype, student.q.device)
+    buffer_t = None if teacher is None else torch.empty_like(buffer_s)
+    distance = kind in ("distance_sum", "distance")
+    spec = spec._replace(kind=float(R.CODES[kind]))
+
+    def part(tensor: Tensor | None, g: slice, r: slice | None = None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor[g] if r is None else tensor[g, r]
+
+    for g0 in range(0, graphs, width):
+        g = slice(g0, min(g0 + width, graphs))
+        for r0 in range(0, rows, height):
+            r = slice(r0, min(r0 + height, rows))
+            shape = (g.stop - g0, r.stop - r0, columns)
+            size = shape[0] * shape[1] * columns
+            products_s = buffer_s[:size].view(shape)
+            student.products(g, r, products_s)
+            products_t = None
+            if teacher is not None:
+                products_t = buffer_t[:size].view(shape)
+                teacher.products(g, r, products_t)
+            pair_mask, pair_index = selection.pair_mask, selection.pair_index
+            if pair_mask is not None:
+                pair_mask, pair_index = pair_mask[:, r], part(pair_index, g)
+            report = out[g, r]
+            backend.relation_rows(
+                products_s,
+                products_t,
+                scales[0],
+                scales[1],
+                part(selection.row_mask, g, r),
+                part(selection.column_mask, g),
+                pair_mask,
+                pair_index,
+                part(selection.row_block, g, r),
+                part(selection.column_block, g),
+                part(row_weight, g, r),
+                part(pair_weight, g, r),
+                None if norms is None else norms[:, g],
+                part(means, g),
+                part(pairs, g, r),
+                report,
+                spec._replace(first_row=float(r0)),
+            )
+            if distance:
+                student.accumulate_differences(products_s, report[..., R.WEIGHT_S], g, r)
+                if teacher.dq is not None:
+                    teacher.accumulate_differences(products_t, report[..., R.WEIGHT_T], g, r)
+            else:
+                student.accumulate(products_s, g, r)
+                if teacher is not None:
+                    teacher.accumulate(products_t, g, r)
+
+
+def stream(
+    q_s: Tensor,
+    k_s: Tensor | None,
+    q_t: Tensor | None,
+    k_t: Tensor | None,
+    scale_s: Tensor,
+    scale_t: Tensor | None,
+    kind: str,
+    spec: RelationSpec,
+    selection: Selection,
+    *,
+    row_weight: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    want_pairs: bool = False,
+) -> Streamed:
+    """Values of every row and the gradients that `spec` asks for.
+
+    q: (H, N, d), k: (H, M, d) or None (= q); float32 or float64. scale: () of the same dtype.
+    row_weight (H, N), pair_weight (H, N, M): multiply the gradients, not the values.
+    """
+    need_s, need_t = bool(spec.need_student), bool(spec.need_teacher)
+    graphs, rows = q_s.shape[:2]
+    columns = rows if k_s is None else k_s.shape[1]
+    if kind == "angle":
+        return _angle(q_s, q_t, spec, selection, row_weight)
+    if kind == "distance":
+        return _distance(q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight)
+    symmetric = (
+        kind in R.ELEMENT_KINDS
+        and row_weight is None
+        and pair_weight is None
+        and selection.row_mask is selection.column_mask
+        and selection.pair_mask is None
+        and selection.row_block is selection.column_block
+        and not spec.causal
+    )
+    student = _Side(q_s, k_s, need_s, symmetric)
+    teacher = None if q_t is None else _Side(q_t, k_t, need_t, symmetric)
+    out = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
+    pairs = empty((graphs, rows, columns), q_s.dtype, q_s.device) if want_pairs else None
+    _walk(
+        student,
+        teacher,
+        (scale_s, scale_t),
+        kind,
+        spec,
+        selection,
+        out,
+        row_weight=row_weight,
+        pair_weight=pair_weight,
+        pairs=pairs,
+    )
+    return Streamed(
+        out,
+        student.dq,
+        None if student.itself else student.dk,
+        None if teacher is None else teacher.dq,
+        None if teacher is None or teacher.itself else teacher.dk,
+        pairs,
+    )
+
+
+def _squared_norms(q_s, k_s, q_t, k_t) -> Tensor:
+    """(4, H, max(N, M)): of student rows and columns, teacher rows and columns."""
+    parts = [q_s, q_s if k_s is None else k_s, q_t, q_t if k_t is None else k_t]
+    longest = max(x.shape[1] for x in parts)
+    out = q_s.new_zeros((4, q_s.shape[0], longest))
+    for i, x in enumerate(parts):
+        out[i, :, : x.shape[1]] = torch.linalg.vecdot(x, x)
+    return out
+
+
+def _distance(q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight) -> Streamed:
+    """Two walks: means of the distances and their gradient, then the values and theirs.
+
+    The loss depends on the means, so its gradient is A - (H / mean^2 count) B: A from the second
+    walk, B = d(sum of distances) from the first, and H a sum that the second knows at its end.
+    """
+    need_s, need_t = bool(spec.need_student), bool(spec.need_teacher)
+    graphs, rows = q_s.shape[:2]
+    norms = _squared_norms(q_s, k_s, q_t, k_t)
+    scales = (scale_s, scale_t)
+    first = _Side(q_s, k_s, need_s, False), _Side(q_t, k_t, need_t, False)
+    sums = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
+    _walk(*first, scales, "distance_sum", spec, selection, sums, norms=norms)
+    total = sums.sum(1)  # (H, ROW)
+    count = total[:, R.POSITIVE_S : R.POSITIVE_T + 1].clamp(min=1)
+    means = (total[:, R.SUM_S : R.SUM_T + 1] / count).contiguous()
+    second = _Side(q_s, k_s, need_s, False), _Side(q_t, k_t, need_t, False)
+    out = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
+    _walk(*second, scales, "distance", spec, selection, out, norms=norms, means=means)
+    squared = means.square() * count
+    slope = torch.where(squared > 0, out[..., R.SCALE_S : R.SCALE_T + 1].sum(1) / squared, 0.0)
+    for i, (a, b) in enumerate(zip(second, first)):
+        if a.dq is None:
+            continue
+        factor = slope[:, i, None, None].to(q_s.dtype)
+        a.dq -= factor * b.dq
+        if not a.itself:
+            a.dk -= factor * b.dk
+    student, teacher = second
+    # A distance has no scale.
+    out[..., R.SCALE_S : R.SCALE_T + 1] = 0.0
+    return Streamed(
+        out,
+        student.dq,
+        None if student.itself else student.dk,
+        teacher.dq,
+        None if teacher.itself else teacher.dk,
+        None,
+    )
+
+
+def _unit_differences(x: Tensor, vertices: slice) -> tuple[Tensor, Tensor]:
+    """(x_i - x_j) / |x_i - x_j| for the vertices j: (J, N, d), and 1 / norm (0 for duplicates)."""
+    difference = x[None, :, :] - x[vertices, None, :]
+    norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
+    inverse = torch.where(norm > R.NORM_FLOOR, 1 / norm, torch.zeros_like(norm))
+    return difference.mul_(inverse), inverse
+
+
+def _add_unit_gradient(into: Tensor, gradient: Tensor, unit: Tensor, inverse, vertices) -> None:
+    along = torch.linalg.vecdot(gradient, unit)[..., None]
+    gradient = (gradient - along * unit) * inverse
+    into += gradient.sum(0)
+    into[vertices] -= gradient.sum(1)
+
+
+def _angle(q_s, q_t, spec, selection, row_weight) -> Streamed:
+    """Angles at vertex j are the cosines of the unit differences from j: for a block of vertices a
+    smooth-L1 relation whose graphs are the vertices. O(N^3 d) work, O(N d) memory."""
+    need_s, need_t = bool(spec.need_student), bool(spec.need_teacher)
+    graphs, rows, width = q_s.shape
+    width = max(width, q_t.shape[2])
+    step = max(1, min(rows, _ANGLE_ENTRIES[q_s.device.type] // max(rows * width, 1)))
+    out = torch.zeros((graphs, rows, R.ROW), dtype=torch.float64, device=q_s.device)
+    dq_s = torch.zeros_like(q_s) if need_s else None
+    dq_t = torch.zeros_like(q_t) if need_t else None
+    one = q_s.new_ones(())
+    for h in range(graphs):
+        mask = None if selection.row_mask is None else selection.row_mask[h]
+        for j0 in range(0, rows, step):
+            j = slice(j0, min(j0 + step, rows))
+            unit_s, inverse_s = _unit_differences(q_s[h], j)
+            unit_t, inverse_t = _unit_differences(q_t[h], j)
+            tokens = None
+            if mask is not None:
+                tokens = (mask[j, None] & mask[None, :]).contiguous()
+            part = stream(
+                unit_s,
+                None,
+                unit_t,
+                None,
+                one,
+                one,
+                "smooth_l1",
+                spec,
+                Selection(row_mask=tokens, column_mask=tokens),
+            )
+            out[h, j] = part.rows.sum(1)
+            if need_s:
+                _add_unit_gradient(dq_s[h], part.q_s, unit_s, inverse_s, j)
+            if need_t:
+                _add_unit_gradient(dq_t[h], part.q_t, unit_t, inverse_t, j)
+    out[..., R.SCALE_S : R.SCALE_T + 1] = 0.0
+    return Streamed(out, dq_s, None, dq_t, None, None)

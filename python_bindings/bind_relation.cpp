@@ -1,0 +1,108 @@
+// relation_rows and plackett_luce: tensors to views, numbers to a struct, nothing else.
+#include "bind.h"
+#include "common/check.h"
+#include "relation/plackett_luce.h"
+#include "relation/relation.h"
+#include "view_caster.h"
+
+namespace kd::binding {
+namespace {
+
+RelationSpec relation_spec_from(const py::tuple& numbers) {
+  RelationSpec spec;
+  Py_ssize_t i = 0;
+#define KD_FIELD(name) ++i;
+  KD_RELATION_SPEC_FIELDS(KD_FIELD)
+#undef KD_FIELD
+  KD_CHECK(static_cast<Py_ssize_t>(numbers.size()) == i, "spec: expected ", i, " numbers, got ",
+           numbers.size());
+  i = 0;
+#define KD_FIELD(name) spec.name = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i++));
+  KD_RELATION_SPEC_FIELDS(KD_FIELD)
+#undef KD_FIELD
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return spec;
+}
+
+// The simulator build runs the CUDA sources on CPU memory.
+template <class Args>
+void run(const Args& args, Device device, [[maybe_unused]] void (*on_cpu)(const Args&),
+         [[maybe_unused]] void (*on_cuda)(const Args&)) {
+  py::gil_scoped_release release;
+#if defined(KDK_BUILD_SIMT)
+  static_cast<void>(device);
+  on_cuda(args);
+#else
+  if (device == Device::kCuda) {
+    if (on_cuda == nullptr) detail::fail("student: this build has no CUDA kernels");
+    return on_cuda(args);
+  }
+  on_cpu(args);
+#endif
+}
+
+#if defined(KDK_BUILD_SIMT)
+#define KD_ENTRY(name) nullptr, &cuda::name
+#elif defined(KDK_WITH_CUDA)
+#define KD_ENTRY(name) &cpu::name, &cuda::name
+#else
+#define KD_ENTRY(name) &cpu::name, nullptr
+#endif
+
+}  // namespace
+
+void bind_relation(py::module_& m) {
+  py::list names;
+#define KD_FIELD(name) names.append(#name);
+  KD_RELATION_SPEC_FIELDS(KD_FIELD)
+#undef KD_FIELD
+  m.attr("RELATION_SPEC_FIELDS") = py::tuple(names);
+  m.attr("RELATION_ROW") = static_cast<int>(kRelationRow);
+
+  m.def(
+      "relation_rows",
+      [](py::object student, View teacher, View student_scale, View teacher_scale, View row_mask,
+         View column_mask, View pair_mask, View pair_index, View row_block, View column_block,
+         View row_weight, View pair_weight, View norms, View means, View pair_value, View rows,
+         const py::tuple& spec) {
+        RelationArgs args;
+        args.student = view_from(student.ptr());
+        args.stream = current_stream(student.ptr(), args.student);
+        args.teacher = teacher;
+        args.student_scale = student_scale;
+        args.teacher_scale = teacher_scale;
+        args.row_mask = row_mask;
+        args.column_mask = column_mask;
+        args.pair_mask = pair_mask;
+        args.pair_index = pair_index;
+        args.row_block = row_block;
+        args.column_block = column_block;
+        args.row_weight = row_weight;
+        args.pair_weight = pair_weight;
+        args.norms = norms;
+        args.means = means;
+        args.pair_value = pair_value;
+        args.rows = rows;
+        args.spec = relation_spec_from(spec);
+        run<RelationArgs>(args, args.student.device, KD_ENTRY(relation_rows));
+      },
+      "Row values of a chunk of two relation maps; the products become gradients in place "
+      "(csrc/relation/relation.h).");
+
+  m.def(
+      "plackett_luce",
+      [](py::object scores, View order, View weights, View value, View gradient, View suffix) {
+        PlackettLuceArgs args;
+        args.scores = view_from(scores.ptr());
+        args.stream = current_stream(scores.ptr(), args.scores);
+        args.order = order;
+        args.weights = weights;
+        args.value = value;
+        args.gradient = gradient;
+        args.suffix = suffix;
+        run<PlackettLuceArgs>(args, args.scores.device, KD_ENTRY(plackett_luce));
+      },
+      "Plackett-Luce row values and gradients (csrc/relation/plackett_luce.h).");
+}
+
+}  // namespace kd::binding
