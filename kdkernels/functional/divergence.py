@@ -335,7 +335,9 @@ def _spec(
     teacher_columns = 0
     if teacher_width is not None:
         teacher_columns = _columns(teacher_vocab_size, "teacher_vocab_size", teacher_width)
-        if teacher_width != width and not (columns and teacher_columns):
+        valid = (columns or width, teacher_columns or teacher_width)
+        named = columns and teacher_columns
+        if teacher_width != width and not named and valid[0] != valid[1]:
             raise ValueError(
                 f"teacher: the last dimension is {teacher_width}, the student's is {width}; for "
                 "padded heads pass vocab_size and teacher_vocab_size, the valid columns of each"
