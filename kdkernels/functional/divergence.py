@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..ops import divergence as ops
 from ..ops.common import compute_dtype
 from .checks import check_floats, check_number, per_row, same_device
 from .kinds import KindTuple, check_parameter, program
+
+if TYPE_CHECKING:
+    from .token_stats import TokenStats
 
 
 def divergence(
@@ -39,7 +43,8 @@ def divergence(
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
     inplace: bool = False,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence D(p, q) between p = softmax(teacher / tau_t) and q = softmax(student / tau_s).
 
     For each selected row, in this order: D, clip, x tau_s^2 if asked, + label_weight x cross
@@ -84,6 +89,7 @@ def divergence(
         vocab_size, teacher_vocab_size: valid columns of padded heads; beyond them a logit counts as
             -inf. Needed where student and teacher have different widths.
         inplace: the gradient may overwrite `student` (saves one logits tensor; backward runs once).
+        return_stats: return (loss, `TokenStats`): `token_stats` of the same call, without gradient.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or [...] for reduction "none". A row value has a
@@ -156,8 +162,23 @@ def divergence(
         rest = rest._replace(inplace=True)
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
+    if return_stats:  # before the gradient may overwrite the logits
+        from .token_stats import token_stats
+
+        stats = token_stats(
+            student,
+            teacher,
+            labels,
+            temperature,
+            teacher_temperature,
+            mask,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+        )
     value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
-    return value.view(leading) if reduction == "none" else value
+    value = value.view(leading) if reduction == "none" else value
+    return (value, stats) if return_stats else value
 
 
 def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
