@@ -93,8 +93,9 @@ struct DivergenceSpec {
 // Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). The first four
 // are the business of the backend that wrote them: any reference near the row's maximum, in base 2
 // (cpu: u = z * log2(e) / tau_s, so q = 2^(u - max_s) / sum_s) or as a logit (cuda: q = 2^((z -
-// max_s) * log2(e) / tau_s) / sum_s), and the sum that goes with it (cuda: the teacher's as a
-// Quotient, divergence_rows.cuh). Backward runs where forward ran.
+// max_s) * log2(e) / tau_s) / sum_s), and the sum that goes with it; the teacher's as a
+// code of its quotient by the student's, because at small gaps the logarithm of the quotient needs
+// more digits than two rounded sums have. Backward runs where forward ran.
 enum Stat : int {
   kMaxS = 0,  // reference of the student's exponentials, finite
   kSumS = 1,  // their sum

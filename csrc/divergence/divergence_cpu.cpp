@@ -70,12 +70,11 @@ struct Row {
     // A row without any possible entry has probabilities 0, not NaN.
     if (!(sum_s > 0)) sum_s = 1;
     if (!(sum_t > 0)) sum_t = 1;
-    const double lse_s = __builtin_log2(sum_s), lse_t = __builtin_log2(sum_t);
-    n.lse_s = static_cast<S>(lse_s);
-    n.lse_t = static_cast<S>(lse_t);
+    n.lse_s = static_cast<S>(__builtin_log2(sum_s));
+    n.lse_t = static_cast<S>(__builtin_log2(sum_t));
     n.inverse_s = static_cast<S>(1 / sum_s);
     n.inverse_t = static_cast<S>(1 / sum_t);
-    n.exact_gap = lse_t - lse_s;
+    n.exact_gap = kLog2E * __builtin_log1p((sum_t - sum_s) / sum_s);
     n.gap = static_cast<S>(n.exact_gap);
   }
 
@@ -90,6 +89,11 @@ struct Row {
     if (grad_t != nullptr) fill_row(grad_t, a.columns, c.teacher_width, compute_t<TT>(0));
   }
 };
+
+// t / s as one stored number that keeps its digits near 1, where its logarithm needs them, and far
+// below 1: less 1, or from 1/2 down the reciprocal, negated.
+double encoded_quotient(double t, double s) { return 2 * t >= s ? (t - s) / s : -s / t; }
+double decoded_quotient(double code) { return code >= -0.5 ? 1 + code : -1 / code; }
 
 // How a row is evaluated between its statistics and its gradient.
 enum class Way { kForward, kReverse, kLinear, kRatio, kLogRatio, kExact };
@@ -318,7 +322,7 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   r.stats[kMaxS] = r.z.max;
   r.stats[kSumS] = static_cast<S>(sum_s);
   r.stats[kMaxT] = r.a.max;
-  r.stats[kSumT] = static_cast<S>(sum_t);
+  r.stats[kSumT] = static_cast<S>(encoded_quotient(sum_t, sum_s));
   r.stats[kDivergence] = static_cast<S>(value.divergence);
   r.stats[kCentreS] = static_cast<S>(centre_s);
   r.stats[kCentreT] = static_cast<S>(centre_t);
@@ -381,7 +385,8 @@ void backward_row(const DivergenceRows& c, int64_t index) {
   if (kd::is_nan(r.stats[kValue])) return r.fill(c, static_cast<S>(__builtin_nan("")));
   r.z.max = r.stats[kMaxS];
   r.a.max = r.stats[kMaxT];
-  r.set_sums(r.stats[kSumS], r.stats[kSumT]);
+  const double sum_s = r.stats[kSumS];
+  r.set_sums(sum_s, decoded_quotient(r.stats[kSumT]) * sum_s);
   r.clear_padding(c);
   const double slope = r.stats[kSlope];
   GradientScale<S> scale;
