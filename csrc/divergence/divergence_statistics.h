@@ -206,9 +206,10 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
   return true;
 }
 
-// Sets the references of both sides and fills x and y (padded to whole vectors).
-template <Keep K, class TS, class TT, class S>
-RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
+// Sets the references of both sides and fills x and y (padded to whole vectors); before entries up
+// to `end` of those are written, before_write(end) is called.
+template <Keep K, class TS, class TT, class S, class BeforeWrite>
+RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y, const BeforeWrite& before_write) {
   using V = Lanes<TS>;
   const int64_t common = z->columns < a->columns ? z->columns : a->columns;
   const int64_t longer = z->columns < a->columns ? a->columns : z->columns;
@@ -232,6 +233,7 @@ RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
     for (int64_t i = 0; good && i < common; i += kBlock) {
       const int64_t end = i + kBlock < common ? i + kBlock : common;
       const int64_t whole = i + (end - i) / (2 * V::kLanes) * (2 * V::kLanes);
+      before_write(whole);
       if (whole > i && !fast_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &row)) {
         good = careful_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &row);
       }
@@ -240,6 +242,7 @@ RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
     // The last block's rest, and the columns that only one side has.
     for (; good && done < longer; done += kBlock) {
       const int64_t end = done + kBlock < longer ? done + kBlock : longer;
+      before_write(padded<V>(end));
       good = careful_block<K, TS, TT, V>(*z, *a, done, end, x, y, &row);
     }
     if (good || row.is_nan || exact) {
