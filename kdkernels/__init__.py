@@ -30,6 +30,7 @@ from .functional import (
     total_variation,
     transport,
 )
+from .inputs import TopK
 from .losses.registry import catalogue, loss
 
 try:
@@ -41,6 +42,7 @@ __all__ = [
     "LayerMatch",
     "Projector",
     "TokenStats",
+    "TopK",
     "backends",
     "catalogue",
     "contrastive",

@@ -32,12 +32,11 @@ struct RowNumbers {
     // A row without any possible entry has probabilities 0, not NaN.
     if (!(sum_s > 0)) sum_s = 1;
     if (!(sum_t > 0)) sum_t = 1;
-    const double log_s = __builtin_log2(sum_s), log_t = __builtin_log2(sum_t);
-    lse_s = static_cast<S>(log_s);
-    lse_t = static_cast<S>(log_t);
+    lse_s = static_cast<S>(__builtin_log2(sum_s));
+    lse_t = static_cast<S>(__builtin_log2(sum_t));
     inverse_s = static_cast<S>(1 / sum_s);
     inverse_t = static_cast<S>(1 / sum_t);
-    exact_gap = log_t - log_s;
+    exact_gap = kLog2E * __builtin_log1p((sum_t - sum_s) / sum_s);
     gap = static_cast<S>(exact_gap);
   }
 };

@@ -127,7 +127,7 @@ PairSums<double> pair_sums(const Side<TS>& z, const Side<TT>& a,
   const V inverse_s(row.inverse_s), inverse_t(row.inverse_t), lse_s(row.lse_s), lse_t(row.lse_t);
   const int64_t columns = z.columns > a.columns ? z.columns : a.columns;
   const Entries<TS, TT> entries(z, a, row);
-  PairSums<double> total;
+  PairSums<VecD> lanes;  // folded once a row
   auto lost_q = V::Mask::first(0), lost_p = lost_q;
   for (int64_t begin = (columns - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
     const int64_t n = padded<V>(columns - begin < kBlock ? columns - begin : kBlock);
@@ -140,8 +140,10 @@ PairSums<double> pair_sums(const Side<TS>& z, const Side<TT>& a,
       block.add(Entry<V>{exp2(y) * inverse_t, exp2(x) * inverse_s, V::load(d + i),
                          (y - lse_t) * ln2, (x - lse_s) * ln2});
     }
-    total.each(block, [](double& sum, const V& lanes) { sum += reduce_add_double(lanes); });
+    lanes.each(block, [](VecD& sum, const V& part) { sum += widen_sum(part); });
   }
+  PairSums<double> total;
+  total.each(lanes, [](double& sum, const VecD& part) { sum = reduce_add(part); });
   *no_q = any(lost_q);
   *no_p = any(lost_p);
   return total;
