@@ -57,6 +57,8 @@ struct RowParams {
   bool kind_per_row;   // first or second is a tensor: `kind` must be made again for every row
   RowKind<F> kind;
   DivergenceSpec spec;
+
+  KD_DEVICE int64_t label(int64_t row) const { return labels[row * labels_stride]; }
 };
 
 // What the kernels are instantiated for. kForward is the linear group with forward_kl alone, which
