@@ -26,7 +26,7 @@ from .functional import (
     total_variation,
     transport,
 )
-from .inputs import STUDENT, Clip, LogitMix, Mapped, ProbMix
+from .inputs import STUDENT, Clip, LogitMix, Mapped, ProbMix, TopK
 from .losses.registry import catalogue, loss
 
 try:
@@ -42,6 +42,7 @@ __all__ = [
     "Mapped",
     "ProbMix",
     "Projector",
+    "TopK",
     "backends",
     "catalogue",
     "contrastive",

@@ -92,8 +92,12 @@ struct Row {
 
 // t / s as one stored number that keeps its digits near 1, where its logarithm needs them, and far
 // below 1: less 1, or from 1/2 down the reciprocal, negated.
-double encoded_quotient(double t, double s) { return 2 * t >= s ? (t - s) / s : -s / t; }
-double decoded_quotient(double code) { return code >= -0.5 ? 1 + code : -1 / code; }
+double encoded_quotient(double t, double s) {
+  return 2 * t >= s ? (t - s) / s : -s / t;
+}
+double decoded_quotient(double code) {
+  return code >= -0.5 ? 1 + code : -1 / code;
+}
 
 // How a row is evaluated between its statistics and its gradient.
 enum class Way { kForward, kReverse, kLinear, kRatio, kLogRatio, kExact };
@@ -207,7 +211,7 @@ void gradients_from_logits(const DivergenceRows& c, Row<TS, TT>& r,
 }
 
 template <class TS, class TT>
-void forward_row(const DivergenceRows& c, int64_t index) {
+void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pending) {
   using S = compute_t<TS>;
   using V = Lanes<TS>;
   Row<TS, TT> r(c, index);
@@ -229,11 +233,14 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   const bool keep = fast && way != Way::kLinear && way != Way::kExact;
   S* const x = keep ? reinterpret_cast<S*>(scratch(bytes)) : nullptr;
   S* const y = keep ? x + offset : nullptr;
+  const auto nothing = [](int64_t) {};
+  const auto take_over = [pending](int64_t end) { pending->write_upto(end); };
   const RowSums<S> sums =
-      !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y)
-      : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
-      : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y)
-                              : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y);
+      !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y, nothing)
+      : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y, take_over)
+      : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y, take_over)
+                              : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y, take_over);
+  if (keep) pending->finish();
   // Of p and q only q and p / q are kept: not enough where q underflows beside a p that matters.
   const bool near =
       sums.top_gap - (__builtin_log2(sums.sum_t) - __builtin_log2(sums.sum_s)) < kLargestGap;
@@ -383,8 +390,8 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   from.cx = static_cast<S>(cx);
   from.cy = static_cast<S>(cy);
   from.cr = static_cast<S>(by_student * cr);
-  gradient_from_scratch(x, y, from, r.z, label, r.grad_s, c.fresh_gradient);
-  if (hot >= 0 && from.product) r.grad_s[hot] = cast<TS>(hot_gradient);
+  pending->start(x, y, from, r.z, label, r.grad_s, c.fresh_gradient);
+  if (hot >= 0 && from.product) pending->replace(hot, hot_gradient);
 }
 
 template <class TS, class TT>
@@ -417,13 +424,15 @@ void backward_row(const DivergenceRows& c, int64_t index) {
 
 template <class TS, class TT>
 void rows(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
+  PendingGradient<TS> pending;
   for (int64_t row = begin; row < end; ++row) {
     if (forward) {
-      forward_row<TS, TT>(c, row);
+      forward_row<TS, TT>(c, row, &pending);
     } else {
       backward_row<TS, TT>(c, row);
     }
   }
+  pending.finish();
 }
 
 template <class TS>
