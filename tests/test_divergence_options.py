@@ -498,8 +498,12 @@ def test_support_refuses():
     ids = torch.tensor([[0, 1], [2, 2]])
     with pytest.raises(ValueError, match="distinct"):
         kd.divergence(z, a, support=ids)
+    z[1] = a[1] = math.nan  # not selected, like its ids
+    z.requires_grad_()
     loss = kd.divergence(z, a, support=ids, mask=torch.tensor([True, False]))
-    assert math.isfinite(loss.item())
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert math.isfinite(loss.item()) and bool((gradient[1] == 0).all())
+    z, a = logits(2, 6)
     with pytest.raises(ValueError, match="distinct"):
         kd.divergence(z, a, support=torch.tensor([[0, 6], [2, 3]]))
     with pytest.raises(ValueError, match="tail"):

@@ -264,6 +264,8 @@ BAD_CALLS = [
     ({"teacher": []}, ValueError, "teacher"),
     ({"teacher_bias": torch.zeros(4)}, ValueError, "teacher_bias"),
     ({"standardize": True, "inplace": True}, ValueError, "inplace"),
+    ({"standardize": True, "labels": torch.zeros(6, dtype=torch.int64)}, ValueError, "labels"),
+    ({"standardize": True, "mask": [True]}, TypeError, "mask"),
     ({"beta": 0.5}, ValueError, "beta"),
     ({"kind": "jensen_shannon", "beta": 1.5}, ValueError, "beta"),
     ({"kind": "jensen_shannon", "beta": NAN}, ValueError, "beta"),

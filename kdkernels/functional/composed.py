@@ -20,7 +20,7 @@ from ..ops.common import compute_dtype
 from .checks import check_floats, check_number, same_device
 from .kinds import KINDS, parts_of
 from .mixed_teacher import teacher_logits
-from .reduction import check_reduction, reduce_rows, selected_rows
+from .reduction import check_reduction, reduce_rows, row_quantile, selected_rows
 from .support import Cells, parse_support, row_spread
 
 _LABEL_ALONE = (("entropy", 0.0),)
@@ -103,9 +103,9 @@ def composed(
         vocab_size=vocab_size,
         teacher_vocab_size=teacher_vocab_size,
         teacher_weights=teacher_weights,
-        selected=selected_rows(labels, mask, ignore_index, student[..., 0])
-        if support is not None
-        else None,
+        selected=None
+        if labels is None and mask is None
+        else selected_rows(labels, mask, ignore_index, student[..., 0]),
     )
     # The kernels see the whole temperature, so tau^2 is made here.
     hidden = standardize or support is not None
@@ -199,7 +199,7 @@ def _by_rows(
     total = torch.where(selected, total, 0.0)
     bound = None
     if bounds.quantile is not None:
-        bound = _quantile(total, selected, bounds.quantile)
+        bound = row_quantile(total, selected, bounds.quantile)
     if bounds.token is not None:
         token = check_number(bounds.token, "clip: token", positive=True)
         bound = token if bound is None else bound.clamp(max=token)
@@ -214,23 +214,6 @@ def _by_rows(
     return reduce_rows(
         total, selected, weight, rows["reduction"], rows["normalize"], rows["num_items"]
     )
-
-
-def _quantile(values: Tensor, selected: Tensor, fraction: float) -> Tensor:
-    """Quantile of the selected values (linear interpolation), inf where none is; a constant."""
-    values = torch.where(selected & ~values.isnan(), values.detach(), float("inf")).reshape(-1)
-    if values.numel() == 0:
-        return values.new_full((), float("inf"))
-    ordered = values.sort().values
-    count = (selected.reshape(-1) & ~values.isnan()).sum()
-    position = fraction * (count - 1).clamp(min=0).to(torch.float64)
-    below = position.floor()
-    place = below.long().reshape(1)  # gathered, not indexed: no number comes to the host
-    low = ordered.gather(0, place)[0]
-    high = ordered.gather(0, (place + 1).clamp(max=values.numel() - 1))[0]
-    share = (position - below).to(values.dtype)
-    # Between a number and inf lies inf, but only where the share is not 0.
-    return torch.where((share == 0) | (low == high), low, low + share * (high - low))
 
 
 def _squares(temperature: float | Tensor) -> float | Tensor:
@@ -269,7 +252,7 @@ def _parts(
         a, tau, teacher_columns, tempered = None, tau_t, None, False
         if one is not None:
             a, teacher_columns, tempered = teacher_logits(
-                one, student, vocab_size, teacher_vocab_size, tau_t
+                one, student, vocab_size, teacher_vocab_size, tau_t, selected
             )
         elif teacher_vocab_size is not None:
             raise ValueError("teacher_vocab_size: there is no teacher")
@@ -287,6 +270,9 @@ def _parts(
         mass = shift = None
         if support is not None:
             z, a = z[..., :columns], None if a is None else a[..., :teacher_columns]
+            if selected is not None:  # torch's derivative of other rows must not be 0 * NaN
+                keep = selected.unsqueeze(-1)
+                z, a = (None if x is None else torch.where(keep, x, 0.0) for x in (z, a))
             if cells is None:
                 ids, tail = parse_support(support, student)
                 _check_tail(tail, kinds, a)

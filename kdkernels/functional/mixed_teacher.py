@@ -24,8 +24,10 @@ def teacher_logits(
     columns: int | None,
     teacher_columns: int | None,
     temperature: float | Tensor,
+    selected: Tensor | None,
 ) -> tuple[Tensor, int | None, bool]:
-    """(logits, valid columns, whether they are at temperature 1 already). `columns`: vocab_size."""
+    """(logits, valid columns, whether they are at temperature 1 already). `columns`: vocab_size;
+    `selected` [...]: rows that count, None for all."""
     if isinstance(teacher, Mapped):
         return _mapped(teacher, student, teacher_columns), None, False
     if isinstance(teacher, (LogitMix, ProbMix)):
@@ -40,6 +42,10 @@ def teacher_logits(
                 f"{' and '.join(str(w) for w in widths)} columns; bring them onto the student's "
                 "with kd.Mapped"
             )
+        # torch's derivative of a row that does not count must not be 0 * NaN.
+        if selected is not None:
+            keep = selected.unsqueeze(-1)
+            parts = [(c, torch.where(keep, x, 0.0) if x.requires_grad else x) for c, x in parts]
         if isinstance(teacher, LogitMix):
             return _logit_mix(parts, student), None, False
         return _probability_mix(teacher, parts, student, temperature), None, True

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import REDUCTIONS
-from .checks import check_number
+from .checks import check_number, same_device
 
 
 def selected_rows(
@@ -15,6 +15,17 @@ def selected_rows(
 ) -> Tensor:
     """Bool of the shape of `like`: labels != ignore_index and mask."""
     chosen = torch.ones_like(like, dtype=torch.bool)
+    for argument, given in (("labels", labels), ("mask", mask)):
+        if given is None:
+            continue
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{argument}: expected a tensor, got {type(given).__name__}")
+        same_device(given, argument, like)
+        if given.shape != like.shape:
+            raise ValueError(
+                f"{argument}: expected shape {tuple(like.shape)} (the student's without the class "
+                f"dimension), got {tuple(given.shape)}"
+            )
     if labels is not None:
         chosen = chosen & (labels != ignore_index)
     return chosen if mask is None else chosen & mask
@@ -69,6 +80,23 @@ def reduce_rows(
     per_entry = counted.reshape(entries, -1).sum(-1)
     values = _divided(rows.reshape(entries, -1).sum(-1), per_entry)
     return values.sum() / (per_entry > 0).sum().clamp(min=1)
+
+
+def row_quantile(values: Tensor, selected: Tensor, fraction: float) -> Tensor:
+    """Quantile of the selected values (linear interpolation), inf where none is; a constant."""
+    values = torch.where(selected & ~values.isnan(), values.detach(), float("inf")).reshape(-1)
+    if values.numel() == 0:
+        return values.new_full((), float("inf"))
+    ordered = values.sort().values
+    count = (selected.reshape(-1) & ~values.isnan()).sum()
+    position = fraction * (count - 1).clamp(min=0).to(torch.float64)
+    below = position.floor()
+    place = below.long().reshape(1)  # gathered, not indexed: no number comes to the host
+    low = ordered.gather(0, place)[0]
+    high = ordered.gather(0, (place + 1).clamp(max=values.numel() - 1))[0]
+    share = (position - below).to(values.dtype)
+    # Between a number and inf lies inf, but only where the share is not 0.
+    return torch.where((share == 0) | (low == high), low, low + share * (high - low))
 
 
 def _divided(total: Tensor, count: Tensor) -> Tensor:

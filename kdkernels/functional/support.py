@@ -47,7 +47,7 @@ def parse_support(support: object, student: Tensor) -> tuple[Tensor, str]:
 class Cells:
     """Both rows on the columns `ids` and, where the tail asks for it, one cell for all others."""
 
-    def __init__(self, ids: Tensor, tail: str, width: int, selected: Tensor):
+    def __init__(self, ids: Tensor, tail: str, width: int, selected: Tensor | None):
         self.tail = tail
         self.width = width
         self.absent = ids < 0  # only -1: checked below
@@ -55,7 +55,9 @@ class Cells:
         ordered = ids.sort(-1).values
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
         outside = (ids < -1) | (ids >= width)
-        self.broken = (twice.any(-1) | outside.any(-1)) & selected
+        self.broken = twice.any(-1) | outside.any(-1)
+        if selected is not None:
+            self.broken = self.broken & selected
         if may_look(ids) and bool(self.broken.any()):
             raise ValueError(
                 f"support: expected distinct ids, each -1 (absent) or 0 to {width - 1}, in every "
