@@ -49,8 +49,16 @@ def leaves(*tensors):
     return tuple(t.detach().double().cpu().requires_grad_() for t in tensors)
 
 
-def on(backend, *tensors):
-    dtype = dtype_of(backend)
+@pytest.fixture(params=(torch.float64, torch.float32), ids=("float64", "float32"))
+def kernel_dtype(backend, request):
+    """What the kernels themselves are tested in."""
+    if request.param not in backend.dtypes:
+        pytest.skip(f"{backend} has no {request.param}")
+    return request.param
+
+
+def on(backend, *tensors, dtype=None):
+    dtype = dtype or dtype_of(backend)
     moved = tuple(t.to(backend.device, dtype) for t in tensors)
     return tuple(t.requires_grad_() for t in moved)
 
@@ -153,7 +161,7 @@ COMBINED = (("forward_kl", 0.7), ("cross_entropy", 0.2), ("entropy", 0.1), ("ske
 
 @pytest.mark.parametrize("signed", (False, True))
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "entropy"] + [COMBINED])
-def test_element_clip_is_the_reference(backend, kind, signed):
+def test_element_clip_is_the_reference(backend, kernel_dtype, kind, signed):
     z, a = logits(5, 40)
     a[1, 3] = z[2, 4] = a[3, 5] = z[3, 5] = -math.inf
     a[4] = z[4]
@@ -161,7 +169,7 @@ def test_element_clip_is_the_reference(backend, kind, signed):
     options = {"temperature": 1.3, "temperature_squared": True, "clip": clip}
     if kind in ("forward_kl", COMBINED):
         options |= {"labels": torch.tensor([1, -100, 3, 4, 5]), "label_weight": 0.5}
-    (z1, a1) = on(backend, z, a)
+    (z1, a1) = on(backend, z, a, dtype=kernel_dtype)
     with kd.use_backend("torch"):
         z2, a2 = leaves(z1, a1)
         expected = kd.divergence(z2, a2, kind, reduction="none", **options)
@@ -514,6 +522,56 @@ def test_support_refuses():
         kd.divergence(z, a, support=[0, 1])
 
 
+FORMS = ("log_probs", "probs", "logits")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tail", ("bucket", "renormalize", "renormalize_both", "ignore"))
+def test_stored_teacher_is_a_support(kernel_backend, tail, form):
+    z, a = on(kernel_backend, *logits(4, 9))
+    a = a.detach()
+    labels = torch.tensor([1, 2, -100, 3], device=kernel_backend.device)
+    kept = a.topk(4, -1)
+    ids = kept.indices.clone()
+    ids[0, 3], ids[2] = -1, 0  # ragged; the duplicates of row 2 are not selected
+    lse = (a / 1.5).logsumexp(-1)
+    values = {"logits": kept.values, "log_probs": kept.values / 1.5 - lse[:, None]}
+    values["probs"] = values["log_probs"].exp()
+    teacher = kd.TopK(values[form], ids, form, tail, lse, 1.5)
+    options = {"temperature": 2.0, "teacher_temperature": 1.5, "temperature_squared": True}
+    options |= {"labels": labels, "label_weight": 0.5}
+    kind = (("forward_kl", 0.7), ("cross_entropy", 0.3))
+    ours = kd.divergence(z, teacher, kind, **options)
+    theirs = kd.divergence(z, a, kind, support=(ids, tail), **options)
+    bound = (
+        {"rtol": 1e-9, "atol": 1e-12} if z.dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
+    )
+    torch.testing.assert_close(ours, theirs, **bound)
+    gradients = (torch.autograd.grad(x, z)[0] for x in (ours, theirs))
+    torch.testing.assert_close(*gradients, **bound)
+
+
+def test_stored_teacher_at_another_temperature():
+    z, a = logits(3, 6)
+    everything = a.log_softmax(-1).topk(6, -1)
+    teacher = kd.TopK(everything.values, everything.indices)
+    for kind in ("forward_kl", "jensen_shannon"):
+        dense = kd.divergence(z, a, kind, temperature=2.0)
+        assert kd.divergence(z, teacher, kind, temperature=2.0).item() == pytest.approx(
+            dense.item()
+        )
+    with pytest.raises(ValueError, match="teacher_temperature"):
+        kd.divergence(
+            z, kd.TopK(everything.values, everything.indices, tail="ignore"), temperature=2.0
+        )
+    with pytest.raises(ValueError, match="lse"):
+        kd.divergence(z, kd.TopK(everything.values, everything.indices, "logits"))
+    with pytest.raises(ValueError, match="without support"):
+        kd.divergence(z, teacher, standardize=True)
+    with pytest.raises(ValueError, match="leading shape"):
+        kd.divergence(z[:2], teacher)
+
+
 # Sums and far rows. -----------------------------------------------------------------------------
 
 
@@ -533,11 +591,11 @@ def test_a_sum_with_a_function_of_a_sum(kernel_backend, kind):
 
 @pytest.mark.parametrize("distance", (20.0, 60.0, 100.0))
 @pytest.mark.parametrize("kind", ("bhattacharyya", "renyi"))
-def test_rows_that_hardly_overlap(backend, kind, distance):
+def test_rows_that_hardly_overlap(backend, kernel_dtype, kind, distance):
     """1 - overlap is 1 in float32 from 17 on, in float64 from 37 on."""
     z = torch.tensor([[distance, 0.0, 0.3, -1.0], [0.0, 1.0, 0.5, 0.2]], dtype=torch.float64)
     a = torch.tensor([[0.0, distance, -0.5, 1.0], [0.0, 0.5, 0.7, 0.1]], dtype=torch.float64)
-    (z1, a1), (z2, a2) = on(backend, z, a), leaves(z, a)
+    (z1, a1), (z2, a2) = on(backend, z, a, dtype=kernel_dtype), leaves(z, a)
     options = {"alpha": 0.4} if kind == "renyi" else {}
     loss = kd.divergence(z1, a1, kind, reduction="none", **options)
     alpha = options.get("alpha", 0.5)
@@ -563,10 +621,10 @@ def test_disjoint_rows_have_no_gradient(backend):
 
 
 @pytest.mark.parametrize("distance", (18.0, 30.0))
-def test_chi_squared_far_apart(backend, distance):
+def test_chi_squared_far_apart(backend, kernel_dtype, distance):
     z = torch.tensor([[0.0, 1.0, -distance, 0.5], [-distance, 0.3, 0.0, 0.1]], dtype=torch.float64)
     a = torch.tensor([[0.2, 0.0, 1.0, -distance], [0.1, -distance, 0.2, 0.0]], dtype=torch.float64)
-    (z1, a1), (z2, a2) = on(backend, z, a), leaves(z, a)
+    (z1, a1), (z2, a2) = on(backend, z, a, dtype=kernel_dtype), leaves(z, a)
     loss = kd.divergence(z1, a1, "chi_squared", reduction="none")
     p, q = a2.softmax(-1), z2.softmax(-1)
     expected = ((p - q) ** 2 / q).sum(-1)

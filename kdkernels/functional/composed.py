@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import Clip, LogitMix, Mapped, ProbMix
+from ..inputs import Clip, LogitMix, Mapped, ProbMix, TopK
 from ..ops.common import compute_dtype
 from .checks import check_floats, check_number, same_device
 from .kinds import KINDS, parts_of
 from .mixed_teacher import teacher_logits
 from .reduction import check_reduction, reduce_rows, row_quantile, selected_rows
-from .support import Cells, parse_support, row_spread
+from .support import Cells, check_stored, parse_support, row_spread
 
 _LABEL_ALONE = (("entropy", 0.0),)
 
@@ -108,7 +108,12 @@ def composed(
         else selected_rows(labels, mask, ignore_index, student[..., 0]),
     )
     # The kernels see the whole temperature, so tau^2 is made here.
-    hidden = standardize or support is not None
+    stored = any(
+        isinstance(one, TopK)
+        for one in (teacher if isinstance(teacher, (list, tuple)) else [teacher])
+    )
+    cells = support is not None or stored
+    hidden = standardize or cells
     squared = bool(temperature_squared)
     plain = len(parts) == 1 and not isinstance(parts[0].coefficient, Tensor)
     plain = plain and parts[0].coefficient == 1.0
@@ -146,7 +151,7 @@ def composed(
                 continue
         options = {**part.options, **rows, "clip": bounds, "weight": weight, "inplace": inplace}
         options["temperature_squared"] = squared and not hidden
-        if label_left and support is None and not isinstance(c, Tensor):
+        if label_left and not cells and not isinstance(c, Tensor):
             options["label_weight"] = label_left / c
             label_left = 0.0
         if isinstance(c, Tensor) and c.dim() > 0:
@@ -250,7 +255,25 @@ def _parts(
     for coefficient, one in zip(weights, teachers):
         z, tau_s, columns = student, temperature, vocab_size
         a, tau, teacher_columns, tempered = None, tau_t, None, False
-        if one is not None:
+        mass = log_mass = None
+        if isinstance(one, TopK):
+            given = (support, teacher_bias, teacher_vocab_size, standardize or None)
+            if any(option is not None for option in given):
+                raise ValueError(
+                    "teacher: a kd.TopK goes without support, teacher_bias, teacher_vocab_size and "
+                    "standardize"
+                )
+            ids, tail = check_stored(one, student, tau)
+            _check_tail(tail, kinds, one.values)
+            if selected is not None:
+                z = torch.where(selected.unsqueeze(-1), z, 0.0)
+            z = z[..., :columns]
+            stored = Cells(ids, tail, z.shape[-1], selected)
+            a, mass, log_mass = stored.stored(one, student, tau)
+            z = stored.logits(z, tau_s, True)
+            tau_s = tau = 1.0
+            columns = None
+        elif one is not None:
             a, teacher_columns, tempered = teacher_logits(
                 one, student, vocab_size, teacher_vocab_size, tau_t, selected
             )
@@ -267,7 +290,6 @@ def _parts(
             tau_s = tau_s * row_spread(z, columns)
             if a is not None:
                 tau = tau * row_spread(a, teacher_columns)
-        mass = shift = None
         if support is not None:
             z, a = z[..., :columns], None if a is None else a[..., :teacher_columns]
             if selected is not None:  # torch's derivative of other rows must not be 0 * NaN
@@ -286,7 +308,6 @@ def _parts(
             if a is not None:
                 if cells.tail == "ignore":
                     mass, log_mass = cells.mass(a, tau)
-                    shift = torch.where(mass > 0, mass * log_mass, 0.0)
                 a = cells.logits(a, tau, cells.tail == "bucket")
             tau_s = tau = 1.0
             columns = teacher_columns = None
@@ -301,7 +322,11 @@ def _parts(
                 "teacher_vocab_size": teacher_columns,
             }
             c = coefficient if factor == 1.0 else coefficient * factor
-            by = None if mass is None else _forward_kl_share(name) * shift
+            by = None
+            if mass is not None:
+                some = mass > 0
+                shift = torch.where(some, mass * torch.where(some, log_mass, 0.0), 0.0)
+                by = _forward_kl_share(name) * shift
             parts.append(Part(c, z, a, options, mass, by))
     return parts
 
@@ -393,4 +418,4 @@ def _moved(teacher: Any, dim: int) -> Any:
         return ProbMix(parts, teacher.labels, teacher.label_weight)
     if isinstance(teacher, LogitMix):
         return LogitMix([(c, _moved(x, dim)) for c, x in teacher.parts])
-    return teacher
+    return teacher  # a TopK keeps its entries in the last dimension

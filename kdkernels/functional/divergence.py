@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import spec as S
 from ..backends.registry import settings
 from ..backends.spec import DivergenceSpec
-from ..inputs import Clip, LogitMix, Mapped, ProbMix
+from ..inputs import Clip, LogitMix, Mapped, ProbMix, TopK
 from ..ops import divergence as ops
 from ..ops.common import compute_dtype
 from .checks import check_floats, check_inplace, check_number, may_look, per_row, same_device
@@ -21,7 +21,7 @@ from .kinds import KindTuple, check_parameter, program, splits
 
 def divergence(
     student: Tensor,
-    teacher: Tensor | LogitMix | ProbMix | Mapped | Sequence | None,
+    teacher: Tensor | LogitMix | ProbMix | Mapped | TopK | Sequence | None,
     kind: str | KindTuple = "forward_kl",
     *,
     beta: float | Tensor | None = None,
@@ -57,9 +57,11 @@ def divergence(
     Args:
         student: logits [..., V]; float32, float16, bfloat16 or float64.
         teacher: logits [..., V] of any of these dtypes (float64 with float64), or None for kind
-            "entropy"; also kd.LogitMix, kd.ProbMix or kd.Mapped (one temporary row tensor), or a
-            list of any of them: the sum of their divergences, one pass each. Gets a gradient only
-            where it requires one.
+            "entropy"; also kd.LogitMix, kd.ProbMix or kd.Mapped (one temporary row tensor),
+            kd.TopK (as `support` on its ids; at another temperature than its own, stored entries
+            are raised to their ratio and "bucket"'s rest as one of them, which is inexact; a floor
+            is refused), or a list of any of them: the sum of their divergences, one pass each. Gets
+            a gradient only where it requires one.
         kind: a name, or a tuple of (name, coefficient): a weighted sum, where the linear ones
             (forward_kl, reverse_kl, cross_entropy, jeffreys, entropy) combine with one of the
             others in one pass (two with hellinger, bhattacharyya, renyi: functions of a whole

@@ -52,7 +52,7 @@ def teacher_logits(
     if isinstance(teacher, Tensor):
         return teacher, teacher_columns, False
     raise TypeError(
-        "teacher: expected logits, kd.LogitMix, kd.ProbMix, kd.Mapped or a list of them, got "
+        "teacher: expected logits, kd.LogitMix, kd.ProbMix, kd.Mapped, kd.TopK or a list, got "
         f"{type(teacher).__name__}"
     )
 

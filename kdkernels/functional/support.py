@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..inputs import TopK
 from ..ops.common import compute_dtype
 from .checks import may_look, same_device
 from .mixed_teacher import coefficient_rows, log_softmax
@@ -92,6 +93,58 @@ class Cells:
             cells[..., :-1], torch.ones_like(cells[..., :-1], dtype=torch.bool), 1.0
         )
         return log_mass.exp().squeeze(-1), log_mass.squeeze(-1)
+
+    def stored(
+        self, teacher: TopK, student: Tensor, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(cells of a stored teacher, P, log P); the last two for tail "ignore" alone."""
+        tau = coefficient_rows(temperature, student, "teacher_temperature")
+        again = teacher.generation_temperature / tau  # what stored log-probabilities are raised to
+        values = teacher.values.to(compute_dtype(student))
+        values = values.masked_fill(self.absent | self.broken.unsqueeze(-1), -_INFINITY)
+        if teacher.form == "probs":
+            gone = values <= 0  # absent ones too
+            values = torch.where(gone, 1.0, values).log().masked_fill(gone, -_INFINITY)
+        if teacher.form == "logits":
+            values = values / teacher.generation_temperature
+            if teacher.lse is not None:
+                values = values - teacher.lse.to(values.dtype).unsqueeze(-1)
+        every = torch.ones_like(values, dtype=torch.bool)
+        log_mass = _log_sum(values, every, 1.0)
+        kept = torch.where(values == -_INFINITY, 0.0, values) * again
+        kept = kept.masked_fill(values == -_INFINITY, -_INFINITY)
+        if not self.with_rest:
+            return kept, None, None
+        rest = torch.full_like(log_mass, -_INFINITY)
+        if self.tail == "bucket":
+            # Nothing is left where every column is stored, or rounding stored all of the mass.
+            none = (log_mass >= 0) | self.inside.all(-1, keepdim=True)
+            left = torch.where(none, -1.0, log_mass)
+            rest = (torch.log(-torch.expm1(left)) * again).masked_fill(none, -_INFINITY)
+        cells = torch.cat([kept, rest], -1)
+        if self.tail == "ignore":
+            log_mass = log_mass.squeeze(-1)
+            return cells, log_mass.exp(), log_mass
+        return cells, None, None
+
+
+def check_stored(teacher: TopK, student: Tensor, tau: float | Tensor) -> tuple[Tensor, str]:
+    """(ids, tail) of a stored teacher that `divergence` can read."""
+    if teacher.values.shape[:-1] != student.shape[:-1] or teacher.values.dim() != student.dim():
+        raise ValueError(
+            f"teacher: TopK expects leading shape {tuple(student.shape[:-1])} like the student, "
+            f"got shape {tuple(teacher.values.shape)}"
+        )
+    if not isinstance(teacher.tail, str):
+        raise ValueError("teacher: a TopK with a floor has no divergence here")
+    if teacher.tail in ("bucket", "ignore") and teacher.form == "logits" and teacher.lse is None:
+        raise ValueError(f"teacher: TopK(form='logits', tail={teacher.tail!r}) needs lse")
+    if teacher.tail == "ignore" and tau != teacher.generation_temperature:
+        raise ValueError(
+            "teacher_temperature: a TopK with tail 'ignore' is at its generation_temperature, "
+            f"{teacher.generation_temperature}; got {tau}"
+        )
+    return parse_support((teacher.indices, teacher.tail), student)
 
 
 def _log_sum(x: Tensor, inside: Tensor, tau: float | Tensor) -> Tensor:
