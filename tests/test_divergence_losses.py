@@ -226,3 +226,62 @@ def test_aligndistil(mode, normalize):
     d = d * (scale if isinstance(scale, float) else scale[..., 0])
     per = [d[i][KEPT[i]].mean() if normalize else d[i][KEPT[i]].sum() for i in range(2)]
     agree(ours, (per[0] + per[1]) / 2, z)
+
+
+def stored(a, form="probs", tail="renormalize"):
+    """The three largest entries of each row; the last one of row 0 absent."""
+    top = a.detach().nan_to_num().softmax(-1).topk(3, -1)
+    ids = top.indices.clone()
+    ids[0, 0, 2] = -1
+    p = top.values.masked_fill(ids < 0, 0.0)
+    return kd.TopK(top.values, ids, form, tail), p[KEPT], ids.clamp(min=0)[KEPT]
+
+
+def test_random_sampling_kd_and_text2token():
+    z, a = rows()
+    teacher, p, ids = stored(a, tail="ignore")
+    lq = z[KEPT].log_softmax(-1)
+    cross = -(p * lq.gather(-1, ids)).sum(-1).mean()
+    nll = F.cross_entropy(z[KEPT], LABELS[KEPT])
+    agree(call("random_sampling_kd", z, teacher, label_weight=0.5), cross + 0.5 * nll, z)
+    teacher, p, ids = stored(a)
+    p = p / p.sum(-1, keepdim=True)
+    entries = torch.where(p > 0, p * (p.clamp(min=1e-30).log() - lq.gather(-1, ids)), 0.0)
+    agree(call("text2token", z, teacher), entries.sum(-1).mean(), z)
+
+
+@pytest.mark.parametrize("tail", (False, True))
+def test_sdft(tail):
+    z, a = rows()
+    old = randn(2, 4, seed=5) - 1.5
+    ids = z[KEPT].topk(3, -1).indices
+    lq, lp = (x[KEPT].log_softmax(-1) for x in (z, a))
+    rest = torch.ones_like(lq, dtype=torch.bool).scatter(-1, ids, False)
+    cells = []
+    for x in (lq, lp):
+        cell = x.gather(-1, ids)
+        outside = x.masked_fill(~rest, -torch.inf).logsumexp(-1, keepdim=True)
+        cells.append(torch.cat([cell, outside], -1) if tail else cell.log_softmax(-1))
+    m = (0.3 * cells[1].exp() + 0.7 * cells[0].exp()).log()
+    d = 0.3 * kl(cells[1], m) + 0.7 * kl(cells[0], m)
+    own = lq.gather(-1, LABELS[KEPT][:, None])[:, 0]
+    ratio = (own - old[KEPT]).clamp(-20, 20).exp().clamp(max=2.0).detach()
+    assert 0 < (ratio == 2).sum() < len(ratio)
+    loss = kd.loss("sdft", alpha=0.3, top_k=3, add_tail=tail)
+    agree(loss(z, a, LABELS, mask=MASK), d.mean(), z, a)
+    agree(loss(z, a, LABELS, mask=MASK, old_log_probs=old), (ratio * d).mean(), z)
+
+
+@pytest.mark.parametrize("kind", ("mixed", "forward", "reverse"))
+@pytest.mark.parametrize("outside", (False, True))
+def test_sd_zero(kind, outside):
+    z, a = rows()
+    share = {"mixed": 0.3, "forward": 1.0, "reverse": 0.0}[kind]
+    parameters = {"k": 3, "kind": kind, "weight": 0.3, "zero_outside": outside, "floor": -9.0}
+    ids = a[KEPT].topk(3, -1).indices
+    lp = a[KEPT].gather(-1, ids).log_softmax(-1)
+    lq = z[KEPT].log_softmax(-1) if outside else z[KEPT].gather(-1, ids).log_softmax(-1)
+    on = lq.gather(-1, ids) if outside else lq
+    target = torch.full_like(lq, -9.0).scatter(-1, ids, lp) if outside else lp
+    expected = share * kl(lp, on) + (1 - share) * kl(lq, target)
+    agree(call("sd_zero", z, a, **parameters), expected.mean(), z)

@@ -64,6 +64,7 @@ from .rank import (
     ScoreMSELoss,
 )
 from .registry import CatalogueEntry, catalogue, loss, register
+from .restricted_rows import RandomSamplingKDLoss, SDFTLoss, SDZeroLoss, Text2TokenLoss
 from .similarity import AffinityLoss, CKALoss, ICKDLoss, PKTLoss, RKDLoss, SimilarityPreservingLoss
 from .sinkd import SinKDLoss
 from .taid import TAIDLoss
@@ -132,7 +133,10 @@ __all__ = [
     "PixelContrastiveLoss",
     "REPALoss",
     "RKDLoss",
+    "RandomSamplingKDLoss",
     "RankNetLoss",
+    "SDFTLoss",
+    "SDZeroLoss",
     "ScoreBCELoss",
     "ScoreKLLoss",
     "ScoreMSELoss",
@@ -145,6 +149,7 @@ __all__ = [
     "TAIDLoss",
     "TEDLoss",
     "TRGLoss",
+    "Text2TokenLoss",
     "TinyCLIPLoss",
     "TokenRelationDistillationLoss",
     "ULDLoss",
