@@ -159,8 +159,13 @@ def test_element_clip_golden(backend, kind, clip, value, gradient):
 COMBINED = (("forward_kl", 0.7), ("cross_entropy", 0.2), ("entropy", 0.1), ("skew_reverse_kl", 0.5))
 
 
-@pytest.mark.parametrize("signed", (False, True))
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "entropy"] + [COMBINED])
+KL_KINDS = ["forward_kl", "reverse_kl", "jeffreys", "skew_forward_kl", "skew_reverse_kl", COMBINED]
+
+
+@pytest.mark.parametrize(
+    "kind, signed",
+    [(k, False) for k in [*KINDS, COMBINED] if k != "entropy"] + [(k, True) for k in KL_KINDS],
+)
 def test_element_clip_is_the_reference(backend, kernel_dtype, kind, signed):
     z, a = logits(5, 40)
     a[1, 3] = z[2, 4] = a[3, 5] = z[3, 5] = -math.inf
@@ -365,6 +370,24 @@ def test_several_teachers(kernel_backend, per_row, option):
     rows = ((1.4**2 * rows + 0.3 * nll) * weight)[labels >= 0]
     divisor = weight[labels >= 0].sum() if option == "weights" else rows.numel()
     check(loss, (z1, a1, b1, w1), rows.sum() / divisor, (z2, a2, b2, w2))
+
+
+def test_weights_of_composed_calls():
+    z, a = logits(3, 6)
+    options = {"standardize": True, "temperature_squared": True, "clip": kd.Clip(quantile=0.5)}
+    tau = torch.full((3,), 2.0, dtype=torch.float64)
+    single = kd.divergence(z.float(), a.float(), temperature=tau, **options)
+    assert single.dtype == torch.float32
+    w = torch.tensor([1.0, 0.0, 2.0])
+    rows = kd.divergence(z, a, temperature=tau, reduction="none", **options)
+    total = kd.divergence(z, a, temperature=tau, weight=w, reduction="sum", **options)
+    assert total.item() == pytest.approx((rows * w).sum().item())
+    with pytest.raises(TypeError, match="weight"):
+        kd.divergence(z, a, weight=[1.0, 2.0, 3.0], **options)
+    with pytest.raises(ValueError, match="weight"):
+        kd.divergence(z, a, weight=torch.ones(2), **options)
+    with pytest.raises(ValueError, match="coefficient"):
+        kd.divergence(z, [a, a], teacher_weights=[0.0, 0.0])
 
 
 def test_teacher_weights_refuse():
@@ -585,6 +608,11 @@ def test_a_sum_with_a_function_of_a_sum(kernel_backend, kind):
     expected = kd.divergence(z, a, pair[:2], label_weight=0.2, **options)
     expected = expected + 2 * kd.divergence(z, a, kind, **options)
     check(loss, (z,), expected.cpu().double(), (z,))
+    alone = kd.divergence(
+        z, a, ((kind, 0.0),), label_weight=0.2, clip=kd.Clip(quantile=0.5), **options
+    )
+    nll = torch.nn.functional.cross_entropy(z, labels)
+    assert alone.item() == pytest.approx(0.2 * nll.item(), rel=1e-6)
     bounded = kd.divergence(z, a, pair, clip=1e-3, **options)
     assert bounded.item() == pytest.approx(4e-3, rel=1e-5)
 
@@ -685,9 +713,10 @@ def test_labels_alone(backend, tau, with_teacher):
 # Autograd of the compositions. ------------------------------------------------------------------
 
 
-def test_options_compile_and_func(backend):
-    if backend.name not in ("cpu", "torch"):
-        pytest.skip("one kernel and the reference")
+def test_options_compile_and_func(kernel_backend):
+    if kernel_backend.name != "cpu":
+        pytest.skip("what is composed does not depend on the kernel")
+    backend = kernel_backend
     z, a = on(backend, *logits(4, 8))
     ids = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
 

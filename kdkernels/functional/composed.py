@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..inputs import Clip, LogitMix, Mapped, ProbMix, TopK
 from ..ops.common import compute_dtype
-from .checks import check_floats, check_number, same_device
+from .checks import check_floats, check_number, per_row, same_device
 from .kinds import KINDS, parts_of
 from .mixed_teacher import teacher_logits
 from .reduction import check_reduction, reduce_rows, row_quantile, selected_rows
 from .support import Cells, check_stored, parse_support, row_spread
 
 _LABEL_ALONE = (("entropy", 0.0),)
+_NOTHING = "kind, teacher_weights: every coefficient is 0"
 
 
 class Part(NamedTuple):
@@ -78,6 +79,11 @@ def composed(
         check_number(bounds.quantile, "clip: quantile", positive=True)
         if bounds.quantile >= 1:
             raise ValueError(f"clip: quantile: expected a number in (0, 1), got {bounds.quantile}")
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+        leading = student.shape[:-1]
+        weight = per_row(weight, "weight", leading, student, compute_dtype(student)).view(leading)
     check_number(label_weight, "label_weight")
     check_reduction(reduction, normalize, num_items)
     rows = {
@@ -168,7 +174,7 @@ def composed(
         label = divergence(**label_alone, **rows, weight=weight)
         total = label if total is None else total + label
     if total is None:
-        raise ValueError("teacher_weights: every coefficient is 0")
+        raise ValueError(_NOTHING)
     return total
 
 
@@ -198,7 +204,10 @@ def _by_rows(
             value = torch.where(c == 0, 0.0, c * value) if isinstance(c, Tensor) else c * value
         total = value if total is None else total + value
     if total is None:
-        raise ValueError("teacher_weights: every coefficient is 0")
+        if not label_alone["label_weight"]:
+            raise ValueError(_NOTHING)
+        like = label_alone["student"]
+        total = torch.zeros(like.shape[:-1], dtype=compute_dtype(like), device=like.device)
     selected = selected_rows(rows["labels"], rows["mask"], rows["ignore_index"], total)
     # What mass and shift made of unselected rows.
     total = torch.where(selected, total, 0.0)
@@ -211,11 +220,9 @@ def _by_rows(
     if bound is not None:
         total = torch.where(total > bound, bound, total)
     if squares is not None:
-        total = total * squares
+        total = total * (squares.to(total.dtype) if isinstance(squares, Tensor) else squares)
     if label_alone["label_weight"]:
         total = total + divergence(**label_alone, **chosen, reduction="none")
-    if weight is not None and (weight.shape != total.shape and weight.dim() != 0):
-        raise ValueError(f"weight: expected shape {tuple(total.shape)}, got {tuple(weight.shape)}")
     return reduce_rows(
         total, selected, weight, rows["reduction"], rows["normalize"], rows["num_items"]
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import STUDENT, LogitMix, Mapped, ProbMix
-from ..ops.common import compute_dtype
+from ..ops.common import compute_dtype, functorch_active
 from .checks import check_floats, may_look, same_device
 
 _INFINITY = float("inf")
@@ -128,7 +128,7 @@ def _logit_mix(parts: list[tuple[Any, Tensor]], student: Tensor) -> Tensor:
             total = term if total is None else total + term
         elif total is None:
             total = c * x.to(dtype)
-        elif x.requires_grad or total.requires_grad:
+        elif x.requires_grad or total.requires_grad or functorch_active():
             total = torch.add(total, x, alpha=c)
         else:
             total = total.add_(x, alpha=c)
