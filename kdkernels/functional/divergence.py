@@ -14,7 +14,8 @@ from ..backends.spec import DivergenceSpec
 from ..inputs import Clip, LogitMix, Mapped, ProbMix, TopK
 from ..ops import divergence as ops
 from ..ops.common import compute_dtype
-from .checks import check_floats, check_inplace, check_number, may_look, per_row, same_device
+from .checks import check_floats, check_inplace, check_number, per_row, same_device
+from .checks import may_look as _may_look
 from .composed import composed
 from .kinds import KindTuple, check_parameter, program, splits
 
@@ -467,7 +468,7 @@ def _weight(weight: Tensor, leading: torch.Size, student: Tensor, rest: ops.Rest
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
     weight = per_row(weight, "weight", leading, student, compute_dtype(student))
-    if may_look(weight) and bool(weight.detach().isnan().any()):
+    if _may_look(weight) and bool(weight.detach().isnan().any()):
         broken = weight.detach().isnan()
         if rest.labels is not None:
             broken = broken & (rest.labels != int(rest.spec.ignore_index))
@@ -495,14 +496,14 @@ def _num_items(num_items: Tensor, reduction: str, student: Tensor, dtype: torch.
     if num_items.requires_grad:
         raise ValueError("num_items: a constant of the loss; it must not require grad")
     items = num_items.to(device=student.device, dtype=dtype)
-    if may_look(num_items) and not bool(num_items > 0):
+    if _may_look(num_items) and not bool(num_items > 0):
         raise ValueError(f"num_items: expected a number > 0, got {num_items.item()!r}")
     return items
 
 
 def _check_rows(rows: Tensor, argument: str, names: tuple[str, ...] = ()) -> None:
     """Data of a per-row parameter, where it may be looked at."""
-    if not may_look(rows) or rows.numel() == 0:
+    if not _may_look(rows) or rows.numel() == 0:
         return
     low, high = (float(x) for x in torch.aminmax(rows.detach()))
     if argument in ("temperature", "teacher_temperature"):

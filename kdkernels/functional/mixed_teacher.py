@@ -99,6 +99,8 @@ def coefficient_rows(c: Any, student: Tensor, argument: str) -> Any:
         return float(c)
     same_device(c, argument, student)
     if c.dim() == 0:
+        if may_look(c) and not c.requires_grad:
+            return float(c)  # one number for all rows: fewer passes
         c = c.expand(student.shape[:-1])
     if c.shape != student.shape[:-1]:
         raise ValueError(
@@ -137,6 +139,8 @@ def _logit_mix(parts: list[tuple[Any, Tensor]], student: Tensor) -> Tensor:
 
 def _log_add(x: Tensor, y: Tensor) -> Tensor:
     """log(e^x + e^y), -inf (with gradient 0) where both are."""
+    if not (x.requires_grad or y.requires_grad or functorch_active()):
+        return torch.logaddexp(x, y)
     top = torch.maximum(x, y).detach()
     top = top.masked_fill(top == -_INFINITY, 0.0)
     total = (x - top).exp() + (y - top).exp()
@@ -147,6 +151,8 @@ def _log_add(x: Tensor, y: Tensor) -> Tensor:
 def log_softmax(x: Tensor) -> Tensor:
     """log softmax over the last dimension; a row of only -inf stays one."""
     top = x.detach().amax(-1, keepdim=True)
+    if may_look(x) and bool((top > -_INFINITY).all()):
+        return x.log_softmax(-1)
     x = x - top.masked_fill(top == -_INFINITY, 0.0)
     total = x.exp().sum(-1, keepdim=True)
     return x - total.masked_fill(total == 0, 1.0).log()
@@ -167,7 +173,8 @@ def _probability_mix(
             if c == 0:
                 continue
             c = torch.tensor(c, dtype=dtype, device=student.device)
-        part = log_softmax(x.to(dtype) / tau) + c.log()
+        x = x.to(dtype)
+        part = log_softmax(x if isinstance(tau, float) and tau == 1.0 else x / tau) + c.log()
         total = part if total is None else _log_add(total, part)
     if total is None:
         total = torch.full_like(parts[0][1], -_INFINITY, dtype=dtype)

@@ -19,12 +19,17 @@ def row_spread(logits: Tensor, columns: int | None) -> Tensor:
     """Population standard deviation [...] over each row's possible (not -inf) valid entries, with
     gradient. 1 where it is 0: a constant row is uniform at any temperature."""
     x = logits[..., :columns].to(compute_dtype(logits))
-    possible = x.abs() < _INFINITY
-    count = possible.sum(-1).clamp(min=1)
-    mean = torch.where(possible, x, 0.0).sum(-1) / count
-    variance = torch.where(possible, x - mean.unsqueeze(-1), 0.0).square().sum(-1) / count
-    flat = variance == 0
-    return torch.where(flat, 1.0, torch.where(flat, 1.0, variance).sqrt())
+    # The deviation's derivative by the mean is 0, so the mean may be a constant.
+    mean = x.detach().mean(-1, keepdim=True)
+    if may_look(x) and bool(mean.isfinite().all()):
+        spread = torch.linalg.vector_norm(x - mean, dim=-1) / x.shape[-1] ** 0.5
+    else:
+        possible = x.detach().abs() < _INFINITY
+        count = possible.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.where(possible, x.detach(), 0.0).sum(-1, keepdim=True) / count
+        centred = torch.where(possible, x - mean, 0.0)
+        spread = torch.linalg.vector_norm(centred, dim=-1) / count.squeeze(-1).to(x.dtype).sqrt()
+    return torch.where(spread == 0, 1.0, spread)
 
 
 def parse_support(support: object, student: Tensor) -> tuple[Tensor, str]:
@@ -149,10 +154,16 @@ def check_stored(teacher: TopK, student: Tensor, tau: float | Tensor) -> tuple[T
 
 def _log_sum(x: Tensor, inside: Tensor, tau: float | Tensor) -> Tensor:
     """log sum exp(x / tau) over the entries inside, [..., 1]; -inf (gradient 0) where none is."""
-    counts = inside & (x != -_INFINITY)
-    scaled = torch.where(counts, x, 0.0).to(compute_dtype(x)) / tau
-    top = torch.where(counts, scaled, -_INFINITY).detach().amax(-1, keepdim=True)
+    if isinstance(tau, Tensor) and tau.requires_grad:  # by tau, -inf / tau is 0 * inf
+        counts = inside & (x != -_INFINITY)
+        scaled = torch.where(counts, x, 0.0).to(compute_dtype(x)) / tau
+        scaled = torch.where(counts, scaled, -_INFINITY)
+    else:
+        scaled = torch.where(inside, x, -_INFINITY).to(compute_dtype(x))
+        if isinstance(tau, Tensor) or tau != 1.0:
+            scaled = scaled / tau
+    top = scaled.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -_INFINITY, 0.0)
-    total = torch.where(counts, (scaled - top).exp(), 0.0).sum(-1, keepdim=True)
+    total = (scaled - top).exp().sum(-1, keepdim=True)
     none = total == 0
     return (total.masked_fill(none, 1.0).log() + top).masked_fill(none, -_INFINITY)
