@@ -36,8 +36,17 @@ from .features import (
 )
 from .graph_on_logits import GraphOnLogitsLoss
 from .minilm import MiniLMLoss, MiniLMv2Loss
+from .mixed_targets import (
+    LogitStandardizationLoss,
+    MEALV2Loss,
+    MFTLoss,
+    MultiTeacherLoss,
+    MutualLoss,
+    PSKDLoss,
+)
 from .multi_level_ot import MultiLevelOTLoss
 from .opta import OpTALoss
+from .privileged import AlignDistilLoss, OPSDLoss
 from .rank import (
     ADRMSELoss,
     BiAlignLoss,
@@ -55,8 +64,10 @@ from .rank import (
     ScoreMSELoss,
 )
 from .registry import CatalogueEntry, catalogue, loss, register
+from .restricted_rows import RandomSamplingKDLoss, SDFTLoss, SDZeroLoss, Text2TokenLoss
 from .similarity import AffinityLoss, CKALoss, ICKDLoss, PKTLoss, RKDLoss, SimilarityPreservingLoss
 from .sinkd import SinKDLoss
+from .taid import TAIDLoss
 from .token_relations import (
     CIRKDLoss,
     DINOv3GramLoss,
@@ -65,11 +76,13 @@ from .token_relations import (
 )
 from .trg import TRGLoss
 from .uld import ULDLoss
+from .unisd import UniSDLoss
 from .wkd import WKDFLoss, WKDLLoss
 
 __all__ = [
     "ADRMSELoss",
     "AffinityLoss",
+    "AlignDistilLoss",
     "AlignToDistillLoss",
     "AttentionLoss",
     "BiAlignLoss",
@@ -97,6 +110,9 @@ __all__ = [
     "LayerSelectionLoss",
     "ListNetLoss",
     "LogSigmoidCosineLoss",
+    "LogitStandardizationLoss",
+    "MEALV2Loss",
+    "MFTLoss",
     "MMDLoss",
     "MarginCosineLoss",
     "MarginMSELoss",
@@ -105,15 +121,22 @@ __all__ = [
     "MiniLMv2Loss",
     "MomentumDistillationLoss",
     "MultiLevelOTLoss",
+    "MultiTeacherLoss",
+    "MutualLoss",
     "NormalizedMSELoss",
+    "OPSDLoss",
     "OpTALoss",
     "PKTLoss",
     "PLDLoss",
+    "PSKDLoss",
     "PairwiseHingeLoss",
     "PixelContrastiveLoss",
     "REPALoss",
     "RKDLoss",
+    "RandomSamplingKDLoss",
     "RankNetLoss",
+    "SDFTLoss",
+    "SDZeroLoss",
     "ScoreBCELoss",
     "ScoreKLLoss",
     "ScoreMSELoss",
@@ -123,12 +146,15 @@ __all__ = [
     "SoftCodeAssignmentLoss",
     "StructuredPairwiseLoss",
     "SupervisedContrastiveLoss",
+    "TAIDLoss",
     "TEDLoss",
     "TRGLoss",
+    "Text2TokenLoss",
     "TinyCLIPLoss",
     "TokenRelationDistillationLoss",
     "ULDLoss",
     "UNICLoss",
+    "UniSDLoss",
     "VkDLoss",
     "WKDFLoss",
     "WKDLLoss",
