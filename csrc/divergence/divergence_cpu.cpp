@@ -65,19 +65,6 @@ struct Row {
                                  : group_of(static_cast<Kind>(static_cast<int>(c.spec.kind)));
   }
 
-  // References and normalisers, after the statistics.
-  void set_sums(double sum_s, double sum_t) {
-    // A row without any possible entry has probabilities 0, not NaN.
-    if (!(sum_s > 0)) sum_s = 1;
-    if (!(sum_t > 0)) sum_t = 1;
-    n.lse_s = static_cast<S>(__builtin_log2(sum_s));
-    n.lse_t = static_cast<S>(__builtin_log2(sum_t));
-    n.inverse_s = static_cast<S>(1 / sum_s);
-    n.inverse_t = static_cast<S>(1 / sum_t);
-    n.exact_gap = kLog2E * __builtin_log1p((sum_t - sum_s) / sum_s);
-    n.gap = static_cast<S>(n.exact_gap);
-  }
-
   void fill(const DivergenceRows& c, S number) {
     if (grad_s != nullptr) fill_row(grad_s, 0, c.student_width, number);
     if (grad_t != nullptr) fill_row(grad_t, 0, c.teacher_width, number);
@@ -252,7 +239,7 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
     if (factor != 0) c.values[index] = __builtin_nan("");
     return r.fill(c, factor != 0 ? kNan : S(0));
   }
-  r.set_sums(sums.sum_s, sums.sum_t);
+  r.n.set_sums(sums.sum_s, sums.sum_t);
   const double sum_s = sums.sum_s > 0 ? sums.sum_s : 1, sum_t = sums.sum_t > 0 ? sums.sum_t : 1;
 
   // Value and centres.
@@ -405,7 +392,7 @@ void backward_row(const DivergenceRows& c, int64_t index) {
   r.z.max = r.stats[kMaxS];
   r.a.max = r.stats[kMaxT];
   const double sum_s = r.stats[kSumS];
-  r.set_sums(sum_s, decoded_quotient(r.stats[kSumT]) * sum_s);
+  r.n.set_sums(sum_s, decoded_quotient(r.stats[kSumT]) * sum_s);
   r.clear_padding(c);
   const double slope = r.stats[kSlope];
   if (slope < 0) r.n.kind.overlap = S(1);

@@ -208,6 +208,18 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
           select(exists, out.teacher, F(0))};
 }
 
+// The larger of p and q, and the smaller = base (1 + t), sqrt(p q) = base (1 + u).
+template <class F>
+struct Spread {
+  F base, u, t;
+};
+
+template <class F>
+KD_HOST_DEVICE Spread<F> spread_of(const Entry<F>& e) {
+  const F u = expm1(F(-0.5) * abs(e.d));
+  return {select(e.d >= F(0), e.p, e.q), u, u * (F(2) + u)};
+}
+
 template <class F, class S>
 KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c) {
   if (c.overlap != S(0)) {
@@ -216,10 +228,8 @@ KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c
   }
   const auto above = e.d >= F(0);
   const F distance = abs(e.d);
-  const F base = select(above, e.p, e.q);
-  // smaller = base (1 + t), sqrt(p q) = base (1 + u).
-  const F u = expm1(F(-0.5) * distance);
-  const F t = u * (F(2) + u);
+  const Spread<F> spread = spread_of(e);
+  const F base = spread.base, u = spread.u, t = spread.t;
   const F signed_t = select(above, -t, t);  // (p - q) / base
   const F r = signed_t / (F(2) + t);        // (p - q) / (p + q)
   const F tv(c.total_variation), h(c.squared_hellinger), tri(c.triangular), chi(c.chi_squared);

@@ -26,6 +26,19 @@ struct RowNumbers {
   S gap;                   // lse_t - lse_s, rounded from
   double exact_gap;
   RowKind<S> kind;
+
+  // From the two normalisers.
+  void set_sums(double sum_s, double sum_t) {
+    // A row without any possible entry has probabilities 0, not NaN.
+    if (!(sum_s > 0)) sum_s = 1;
+    if (!(sum_t > 0)) sum_t = 1;
+    lse_s = static_cast<S>(__builtin_log2(sum_s));
+    lse_t = static_cast<S>(__builtin_log2(sum_t));
+    inverse_s = static_cast<S>(1 / sum_s);
+    inverse_t = static_cast<S>(1 / sum_t);
+    exact_gap = kLog2E * __builtin_log1p((sum_t - sum_s) / sum_s);
+    gap = static_cast<S>(exact_gap);
+  }
 };
 
 struct RowTerms {

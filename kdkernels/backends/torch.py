@@ -502,3 +502,10 @@ def divergence_bwd(
 def scale(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor (0-d), in place."""
     tensor.mul_(factor.to(tensor.dtype))
+
+
+from .torch_token_stats import (  # noqa: E402,F401  needs the functions above
+    label_log_probs_bwd,
+    label_log_probs_fwd,
+    token_stats,
+)

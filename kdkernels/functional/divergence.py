@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from .checks import check_floats, check_inplace, check_number, per_row, same_dev
 from .checks import may_look as _may_look
 from .composed import composed
 from .kinds import KindTuple, check_parameter, program, splits
+
+if TYPE_CHECKING:
+    from .token_stats import TokenStats
 
 
 def divergence(
@@ -48,7 +52,8 @@ def divergence(
     class_dim: int = -1,
     teacher_weights: Tensor | Sequence[float] | None = None,
     inplace: bool = False,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence D(p, q) between p = softmax(teacher / tau_t) and q = softmax(student / tau_s).
 
     For each selected row, in this order: D, clip, x tau_s^2 if asked, + label_weight x cross
@@ -116,6 +121,7 @@ def divergence(
         teacher_weights: with a list of teachers their coefficients: numbers or a tensor [K], or
             [..., K], with gradient; 1 each otherwise.
         inplace: the gradient may overwrite `student` (saves one logits tensor; backward runs once).
+        return_stats: return (loss, `TokenStats`): `token_stats` of the same call, without gradient.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or [...] for reduction "none". A row value has a
@@ -227,8 +233,23 @@ def divergence(
         rest = rest._replace(inplace=True)
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
+    if return_stats:  # before the gradient may overwrite the logits
+        from .token_stats import token_stats
+
+        stats = token_stats(
+            student,
+            teacher,
+            labels,
+            temperature,
+            teacher_temperature,
+            mask,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+        )
     value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
-    return value.view(leading) if reduction == "none" else value
+    value = value.view(leading) if reduction == "none" else value
+    return (value, stats) if return_stats else value
 
 
 def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:

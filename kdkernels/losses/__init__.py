@@ -6,6 +6,13 @@ from .attention_maps import (
     CrossModalAttentionLoss,
     SoftCodeAssignmentLoss,
 )
+from .class_scores import (
+    BinaryKDLoss,
+    LabelAugmentationSDLoss,
+    QualityFocalLoss,
+    SubclassKDLoss,
+    XDEDLoss,
+)
 from .clip import CLIPKDLoss, TinyCLIPLoss
 from .contrast import (
     ContrastiveLoss,
@@ -35,6 +42,7 @@ from .features import (
     VkDLoss,
 )
 from .graph_on_logits import GraphOnLogitsLoss
+from .hidden_and_logits import DistilBERTLoss, FalconLoss, FSPADLoss, MinitronLoss
 from .minilm import MiniLMLoss, MiniLMv2Loss
 from .mixed_targets import (
     LogitStandardizationLoss,
@@ -46,6 +54,16 @@ from .mixed_targets import (
 )
 from .multi_level_ot import MultiLevelOTLoss
 from .opta import OpTALoss
+from .policy import (
+    CurioSFTLoss,
+    DistiLLM2Loss,
+    DPOLoss,
+    ImportanceWeightedReverseKLLoss,
+    IWOPDLoss,
+    KDRLLoss,
+    RLTFSDLoss,
+    SDPOLoss,
+)
 from .privileged import AlignDistilLoss, OPSDLoss
 from .rank import (
     ADRMSELoss,
@@ -65,6 +83,31 @@ from .rank import (
 )
 from .registry import CatalogueEntry, catalogue, loss, register
 from .restricted_rows import RandomSamplingKDLoss, SDFTLoss, SDZeroLoss, Text2TokenLoss
+from .row_divergences import (
+    ABKDLoss,
+    ContextDistillationLoss,
+    DistiLLMLoss,
+    EntropyLoss,
+    GKDLoss,
+    HardLabelLoss,
+    KDLoss,
+    KVDistillLoss,
+    LLaVAMoDLoss,
+    MiniLLMLoss,
+    PiDistillLoss,
+    SoftCrossEntropyLoss,
+)
+from .row_targets import (
+    ConfidenceWeightedLabelsLoss,
+    CTKDLoss,
+    DISTLoss,
+    DKDLoss,
+    DTKDLoss,
+    OFAKDLoss,
+    PermutedTargetsLoss,
+    WindowedKLLoss,
+)
+from .row_weights import AdaKDLoss, AdaSPECLoss, AKLLoss, BDKDLoss, DParallelLoss, TSDKDLoss
 from .similarity import AffinityLoss, CKALoss, ICKDLoss, PKTLoss, RKDLoss, SimilarityPreservingLoss
 from .sinkd import SinKDLoss
 from .taid import TAIDLoss
@@ -80,33 +123,63 @@ from .unisd import UniSDLoss
 from .wkd import WKDFLoss, WKDLLoss
 
 __all__ = [
+    "ABKDLoss",
     "ADRMSELoss",
+    "AKLLoss",
+    "AdaKDLoss",
+    "AdaSPECLoss",
     "AffinityLoss",
     "AlignDistilLoss",
     "AlignToDistillLoss",
     "AttentionLoss",
+    "BDKDLoss",
     "BiAlignLoss",
+    "BinaryKDLoss",
     "CATKDLoss",
     "CIRKDLoss",
     "CKALoss",
     "CLIPKDLoss",
     "CRDLoss",
+    "CTKDLoss",
     "CatalogueEntry",
     "CoT2AlignLoss",
+    "ConfidenceWeightedLabelsLoss",
+    "ContextDistillationLoss",
     "ContrastiveLoss",
     "CosineLoss",
     "CrossModalAttentionLoss",
+    "CurioSFTLoss",
     "DINOLoss",
     "DINOv3GramLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "DPOLoss",
+    "DParallelLoss",
+    "DTKDLoss",
     "DeARLoss",
     "DiSCoLoss",
+    "DistiLLM2Loss",
+    "DistiLLMLoss",
+    "DistilBERTLoss",
+    "EntropyLoss",
     "FIRSTLoss",
+    "FSPADLoss",
+    "FalconLoss",
     "FeatureTransportLoss",
+    "GKDLoss",
     "GraphOnLogitsLoss",
+    "HardLabelLoss",
     "HiddenMSELoss",
     "ICKDLoss",
+    "IWOPDLoss",
+    "ImportanceWeightedReverseKLLoss",
+    "KDLoss",
+    "KDRLLoss",
+    "KVDistillLoss",
     "L1Loss",
     "LEADLoss",
+    "LLaVAMoDLoss",
+    "LabelAugmentationSDLoss",
     "LayerSelectionLoss",
     "ListNetLoss",
     "LogSigmoidCosineLoss",
@@ -117,25 +190,33 @@ __all__ = [
     "MarginCosineLoss",
     "MarginMSELoss",
     "MaskedMSELoss",
+    "MiniLLMLoss",
     "MiniLMLoss",
     "MiniLMv2Loss",
+    "MinitronLoss",
     "MomentumDistillationLoss",
     "MultiLevelOTLoss",
     "MultiTeacherLoss",
     "MutualLoss",
     "NormalizedMSELoss",
+    "OFAKDLoss",
     "OPSDLoss",
     "OpTALoss",
     "PKTLoss",
     "PLDLoss",
     "PSKDLoss",
     "PairwiseHingeLoss",
+    "PermutedTargetsLoss",
+    "PiDistillLoss",
     "PixelContrastiveLoss",
+    "QualityFocalLoss",
     "REPALoss",
     "RKDLoss",
+    "RLTFSDLoss",
     "RandomSamplingKDLoss",
     "RankNetLoss",
     "SDFTLoss",
+    "SDPOLoss",
     "SDZeroLoss",
     "ScoreBCELoss",
     "ScoreKLLoss",
@@ -144,11 +225,14 @@ __all__ = [
     "SinKDLoss",
     "SmoothL1Loss",
     "SoftCodeAssignmentLoss",
+    "SoftCrossEntropyLoss",
     "StructuredPairwiseLoss",
+    "SubclassKDLoss",
     "SupervisedContrastiveLoss",
     "TAIDLoss",
     "TEDLoss",
     "TRGLoss",
+    "TSDKDLoss",
     "Text2TokenLoss",
     "TinyCLIPLoss",
     "TokenRelationDistillationLoss",
@@ -158,6 +242,8 @@ __all__ = [
     "VkDLoss",
     "WKDFLoss",
     "WKDLLoss",
+    "WindowedKLLoss",
+    "XDEDLoss",
     "catalogue",
     "loss",
     "register",

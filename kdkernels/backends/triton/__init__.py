@@ -18,6 +18,9 @@ else:
     from .divergence import divergence_fwd as divergence_fwd
     from .divergence import scale as scale
     from .divergence_rows import INTERPRETED
+    from .token_stats import label_log_probs_bwd as label_log_probs_bwd
+    from .token_stats import label_log_probs_fwd as label_log_probs_fwd
+    from .token_stats import token_stats as token_stats
 
     _reason = ""
     if INTERPRETED:
