@@ -34,9 +34,7 @@ def problem(rows=5, columns=7, batch=2):
 def outputs(tensors, **options):
     """Value, plan, potentials, and the gradients of a sum that uses all that have some."""
     mode = options.get("gradient", "unrolled")
-    value, plan, (f, g) = kd.sinkhorn(
-        *tensors, return_plan=True, return_potentials=True, **options
-    )
+    value, plan, (f, g) = kd.sinkhorn(*tensors, return_plan=True, return_potentials=True, **options)
     total = value.sum()
     if mode != "envelope":
         total = total + plan.square().sum()

@@ -139,9 +139,7 @@ def _forward_columns(
             fine = (total > SMALL_SUM) & (total < LARGE_SUM)
             log_sum = tl.log2(tl.where(fine, total, 1.0)) - tl.where(fine, before, 0.0)
             if tl.sum(tl.where(inside & (fine == 0), 1, 0), 0) > 0:
-                again = column_log_sum(
-                    cost, a, a_stride, f, problem, step, k, lanes, n, m, HAS_F
-                )
+                again = column_log_sum(cost, a, a_stride, f, problem, step, k, lanes, n, m, HAS_F)
                 log_sum = tl.where(fine, log_sum, again)
             found = potential(log_sum, log_denominator, damping, DAMPED)
             found = tl.where((log_sum == NO_LOG) & (log_b == NO_LOG), 0.0, found)
@@ -378,9 +376,7 @@ class _Problem:
         self.column_block = min(_COLUMN_BLOCK, self.block)
         self.keep = f.shape[0] > 1
         self.k = 1.4426950408889634 / self.spec.epsilon
-        self.device = (
-            torch.cuda.device(cost.device) if cost.is_cuda else contextlib.nullcontext()
-        )
+        self.device = torch.cuda.device(cost.device) if cost.is_cuda else contextlib.nullcontext()
 
     @property
     def history(self) -> tuple[int, int]:
