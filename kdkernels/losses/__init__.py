@@ -16,6 +16,7 @@ from .contrast import (
     SupervisedContrastiveLoss,
 )
 from .cot2align import CoT2AlignLoss
+from .dskd import DSKDCMALoss, DSKDLoss
 from .feature_transport import FeatureTransportLoss
 from .features import (
     CATKDLoss,
@@ -85,6 +86,8 @@ __all__ = [
     "CrossModalAttentionLoss",
     "DINOLoss",
     "DINOv3GramLoss",
+    "DSKDCMALoss",
+    "DSKDLoss",
     "DeARLoss",
     "DiSCoLoss",
     "FIRSTLoss",

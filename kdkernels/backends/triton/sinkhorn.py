@@ -129,7 +129,7 @@ def _forward_columns(
             lanes = start + tl.arange(0, BLOCK)
             inside = lanes < m
             total = tl.zeros((BLOCK,), tl.float32)
-            for tile in range(0, tiles):
+            for tile in range(tiles):
                 at = partial + problem * scratch + tile * columns + lanes
                 total += tl.load(at, mask=inside, other=0.0)
             log_b = log2_of(masses(b, b_stride, problem, lanes, m))
@@ -299,7 +299,7 @@ def _backward_columns(
         if not KEEP:
             slot = slot * 0
         beta = tl.zeros((BLOCK,), tl.float32)
-        for tile in range(0, tiles):
+        for tile in range(tiles):
             at = partial + problem * scratch + tile * columns + lanes
             beta += tl.load(at, mask=inside, other=0.0)
         at = problem * scratch + lanes

@@ -98,7 +98,7 @@ def column_log_sum(cost, a, a_stride, f, problem, step, k, columns, n, m, HAS_F:
     inside = columns < m
     top = tl.full(columns.shape, NO_LOG, tl.float32)
     total = tl.zeros(columns.shape, tl.float32)
-    for i in range(0, n):
+    for i in range(n):
         log_u = log2_of(masses(a, a_stride, problem, i, n))
         if HAS_F:
             log_u += tl.load(f + i)
