@@ -256,8 +256,8 @@ def test_dskd_cma():
         except AssertionError:
             continue
     ours = loss(Head(h_s, w_s), Head(h_t, w_t), labels, **extras)
-    gradients_agree(ours, expected, h_s, w_s, loss.query.map.weight,
-                    loss.teacher_to_student.map.weight, loss.student_to_teacher.map.weight)  # fmt: skip
+    projectors = (loss.query, loss.teacher_to_student, loss.student_to_teacher)
+    gradients_agree(ours, expected, h_s, w_s, *(p.map.weight for p in projectors))
     with pytest.raises(ValueError, match="teacher_embeddings"):
         loss(Head(h_s, w_s), Head(h_t, w_t), labels, teacher_labels=teacher_labels,
              student_embeddings=e_s)  # fmt: skip

@@ -43,7 +43,8 @@ def _logits(head, hidden: Tensor | None = None) -> Tensor:
 
 @register("dskd", paper=_PAPER, family="transport", status="source")
 class DSKDLoss(nn.Module):
-    """(1 - alpha) CE + alpha [CE(z') + D(student, z') + KL(teacher, z'')], means over selected rows.
+    """(1 - alpha) CE + alpha [CE(z') + D(student, z') + KL(teacher, z'')], each a mean over the
+    selected rows.
 
     z' = the student's frozen head on `teacher_to_student`(teacher's states), which also learns from
     its own cross entropy and is a constant in D; z'' = the teacher's frozen head on
