@@ -27,8 +27,8 @@ from .sinkhorn_rows import (
     NO_LOG,
     SMALL_SUM,
     column_log_sum,
+    corrected_ratio,
     density,
-    divisor_ratio,
     kernel_row,
     log2_of,
     masses,
@@ -160,10 +160,10 @@ def _forward_columns(
 
 @triton.jit
 def _backward_rows(
-    cost, a, b, f, g, done, w, q, alpha, z_sum, partial, linear_bar, rows_bar, columns_bar,
-    plan_bar, f_bar, grad_cost, grad_a, student_lengths, teacher_lengths,
+    cost, a, b, f, g, done, w, q, alpha, z_sum, partial, sums_next, linear_bar, rows_bar,
+    columns_bar, plan_bar, f_bar, grad_cost, grad_a, student_lengths, teacher_lengths,
     rows, columns, cost_batch, cost_row, a_stride, b_stride, tile_rows, scratch,
-    history_f, history_g, k, epsilon, damping, t,
+    history_f, history_g, k, epsilon, damping, denominator, t,
     STAGE: tl.constexpr, IMPLICIT: tl.constexpr, ENVELOPE: tl.constexpr, FIRST: tl.constexpr,
     KEEP: tl.constexpr, COLUMNS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -184,13 +184,20 @@ def _backward_rows(
         if UNROLLED and COLUMNS_FIRST:
             slot_f = slot - 1
         unit = slot_f < 0  # the rows still have their start: one, zero where a is zero
+        # The step that follows; in START, whose columns were solved from these rows or, columns
+        # first, from those before.
+        slot_next = slot_f
+        if UNROLLED or (STAGE == START and COLUMNS_FIRST and not IMPLICIT):
+            slot_next = slot_f - 1
+        unit_next = slot_next < 0
         if not KEEP:
-            slot, slot_f = slot * 0, slot_f * 0
+            slot, slot_f, slot_next = slot * 0, slot_f * 0, slot_next * 0
         last = UNROLLED == 0
         if UNROLLED:
             last = t == ran - 1
         cost += problem * cost_batch
         step = tl.zeros((), tl.int64) + cost_row
+        f_next = f + tl.maximum(slot_next, 0) * history_f + problem * rows
         f += tl.maximum(slot_f, 0) * history_f + problem * rows
         lanes = tl.arange(0, BLOCK)
         inside = lanes < m
@@ -209,6 +216,7 @@ def _backward_rows(
             of_w = tl.load(w + problem * scratch + lanes, mask=inside, other=0.0)
             of_q = tl.load(q + problem * scratch + lanes, mask=inside, other=0.0)
         sums = tl.zeros((BLOCK,), tl.float32)
+        sums_of_next = tl.zeros((BLOCK,), tl.float32)
         for i in range(tile * tile_rows, tl.minimum((tile + 1) * tile_rows, n)):
             at_row = problem * rows + i
             mass = masses(a, a_stride, problem, i, n)
@@ -229,6 +237,13 @@ def _backward_rows(
             if STAGE == APPLY:
                 z = tl.load(z_sum + problem * scratch + i)
             elif not ENVELOPE:
+                following = tl.where(unit_next, tl.where(mass > 0, 1.0, 0.0), mass)
+                moved = tl.where(unit_next, 0.0, tl.load(f_next + i)) - of_f
+                sums_of_next += e * (following * tl.exp2(tl.minimum(moved, MAX_EXPONENT)))
+                if STAGE == START:
+                    total = tl.sum(e * mass_b, 0)
+                else:
+                    total = tl.sum(e * of_q, 0)
                 if STAGE == START:
                     slope = tl.sum(bar * mass_b * e, 0)
                     tl.store(alpha + problem * scratch + i, slope)
@@ -247,7 +262,8 @@ def _backward_rows(
                         adjoint += tl.load(f_bar + at_row) * LOG2E
                     if STAGE == STEP and not COLUMNS_FIRST and (UNROLLED or FIRST):
                         adjoint += tl.where(last, tl.load(f_bar + at_row), 0.0) * LOG2E
-                z = tl.where(solves, damping * adjoint * divisor_ratio(of_f, damping), 0.0)
+                ratio = corrected_ratio(of_f, damping, denominator, total)
+                z = tl.where(solves, damping * adjoint * ratio, 0.0)
                 kept = tl.load(grad_a + at_row)
                 tl.store(grad_a + at_row, kept + tl.where(solves, slope, 0.0))
                 if IMPLICIT:
@@ -272,13 +288,15 @@ def _backward_rows(
                     out = tl.load(at, mask=inside, other=0.0)
                     out += e * (of_w * scale + of_q * z) / epsilon
                     tl.store(at, out, mask=inside)
-        tl.store(partial + problem * scratch + tile * columns + lanes, sums, mask=inside)
+        at_tile = problem * scratch + tile * columns + lanes
+        tl.store(partial + at_tile, sums, mask=inside)
+        tl.store(sums_next + at_tile, sums_of_next, mask=inside)
 
 
 @triton.jit
 def _backward_columns(
-    b, g, done, w, q, r, w_sum, partial, g_bar, grad_b, student_lengths, teacher_lengths,
-    rows, columns, b_stride, tiles, scratch, history_g, damping, t,
+    b, g, done, w, q, r, w_sum, partial, sums_next, g_bar, grad_b, student_lengths,
+    teacher_lengths, rows, columns, b_stride, tiles, scratch, history_g, damping, denominator, t,
     IMPLICIT: tl.constexpr, FIRST: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Between two sweeps: the columns' adjoint, and what the next sweep needs of it."""
@@ -299,12 +317,15 @@ def _backward_columns(
         if not KEEP:
             slot = slot * 0
         beta = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
         for tile in range(tiles):
-            at = partial + problem * scratch + tile * columns + lanes
-            beta += tl.load(at, mask=inside, other=0.0)
+            at = problem * scratch + tile * columns + lanes
+            beta += tl.load(partial + at, mask=inside, other=0.0)
+            total += tl.load(sums_next + at, mask=inside, other=0.0)
         at = problem * scratch + lanes
         ratio = tl.where(first == 0, tl.load(r + at, mask=inside, other=0.0), -1.0)
         beta = -beta * ratio
+        total = total * tl.abs(ratio)
         at_column = problem * columns + lanes
         kept = tl.load(grad_b + at_column, mask=inside, other=0.0)
         tl.store(grad_b + at_column, kept + beta, mask=inside)
@@ -314,7 +335,7 @@ def _backward_columns(
         if g_bar is not None:
             own = tl.load(g_bar + at_column, mask=inside, other=0.0)
             adjoint += tl.where(first == 0, 0.0, own) * LOG2E
-        of_w = damping * adjoint * divisor_ratio(of_g, damping)
+        of_w = damping * adjoint * corrected_ratio(of_g, damping, denominator, total)
         tl.store(w + at, of_w, mask=inside)
         if IMPLICIT:
             before = tl.load(w_sum + at, mask=inside, other=0.0)
@@ -347,8 +368,8 @@ def _tiling(rows: int) -> tuple[int, int]:
 
 
 def sinkhorn_workspace(rows: int, columns: int, on_cuda: bool = False) -> int:
-    """Scratch elements of a problem: five columns, four rows, the tiles' sums."""
-    return columns * (5 + _tiling(rows)[1]) + 4 * rows
+    """Scratch elements of a problem: five columns, three rows, the tiles' sums twice."""
+    return columns * (5 + 2 * _tiling(rows)[1]) + 3 * rows
 
 
 class _Problem:
@@ -365,13 +386,13 @@ class _Problem:
             )
         self.cost = cost
         self.scratch = workspace.shape[1]
-        sizes_of_pieces = [self.columns] * 5 + [self.rows] * 4
-        starts = [sum(sizes_of_pieces[:k]) for k in range(10)]
+        self.tile_rows, self.tiles = _tiling(self.rows)
+        widths = [self.columns] * 5 + [self.rows] * 3 + [self.tiles * self.columns]
+        starts = [sum(widths[:k]) for k in range(10)]
         flat = workspace.view(-1)
         pieces = [flat[start:] for start in starts]
         self.log_v, self.w, self.q, self.r, self.w_sum = pieces[:5]
-        self.alpha, self.z_sum, self.row_linear, _, self.partial = pieces[5:]
-        self.tile_rows, self.tiles = _tiling(self.rows)
+        self.alpha, self.z_sum, self.row_linear, self.partial, self.sums_next = pieces[5:]
         self.block = max(16, triton.next_power_of_2(self.columns))
         self.column_block = min(_COLUMN_BLOCK, self.block)
         self.keep = f.shape[0] > 1
@@ -449,7 +470,8 @@ def sinkhorn_fwd(
         total = pieces[:, at : at + p.rows].double().sum(1)
         linear.copy_(total if bad is None else torch.where(bad, torch.nan, total))
     if columns is not None:
-        sums = pieces[:, 4 * p.rows :].view(p.batch, p.tiles, p.columns).sum(1)
+        sums = pieces[:, 3 * p.rows :][:, : p.tiles * p.columns]
+        sums = sums.reshape(p.batch, p.tiles, p.columns).sum(1)
         if teacher_lengths is not None:
             inside = torch.arange(p.columns, device=cost.device) < teacher_lengths[:, None]
             sums = torch.where(inside, sums, 0.0)
@@ -486,18 +508,19 @@ def sinkhorn_bwd(
 
     def sweep(stage: tl.constexpr, t: int = 0, *, w: Tensor = p.w, opening: bool = False) -> None:
         _backward_rows[(p.tiles, p.batch)](
-            cost, a, b, f, g, done, w, p.q, p.alpha, p.z_sum, p.partial, linear_bar, rows_bar,
-            columns_bar, plan_bar, f_bar, grad_cost, grad_a, *lengths, p.rows, p.columns,
+            cost, a, b, f, g, done, w, p.q, p.alpha, p.z_sum, p.partial, p.sums_next, linear_bar,
+            rows_bar, columns_bar, plan_bar, f_bar, grad_cost, grad_a, *lengths, p.rows, p.columns,
             cost.stride(0), cost.stride(1), _stride(a), _stride(b), p.tile_rows, p.scratch,
-            *p.history, p.k, s.epsilon, s.damping_a, t,
+            *p.history, p.k, s.epsilon, s.damping_a, s.denominator, t,
             STAGE=stage, IMPLICIT=implicit, ENVELOPE=envelope, FIRST=opening, KEEP=p.keep,
             COLUMNS_FIRST=first, **p.options(p.block),
         )  # fmt: skip
 
     def columns(t: int, opening: bool = False) -> None:
         _backward_columns[(triton.cdiv(p.columns, p.column_block), p.batch)](
-            b, g, done, p.w, p.q, p.r, p.w_sum, p.partial, g_bar, grad_b, *lengths,
-            p.rows, p.columns, _stride(b), p.tiles, p.scratch, p.history[1], s.damping_b, t,
+            b, g, done, p.w, p.q, p.r, p.w_sum, p.partial, p.sums_next, g_bar, grad_b, *lengths,
+            p.rows, p.columns, _stride(b), p.tiles, p.scratch, p.history[1], s.damping_b,
+            s.denominator, t,
             IMPLICIT=implicit, FIRST=opening, KEEP=p.keep, **p.options(p.column_block),
         )  # fmt: skip
 

@@ -66,6 +66,17 @@ def divisor_ratio(log_rho, damping):
 
 
 @triton.jit
+def corrected_ratio(log_rho, damping, denominator, total):
+    """divisor_ratio from the sum of rho K v as the sweep has added it up; transport_math.h."""
+    ratio = divisor_ratio(log_rho, damping)
+    if denominator > 0:
+        total += denominator * tl.exp2(log_rho)
+    near = total * ratio
+    fine = tl.abs(near - 1.0) < 0.015625
+    return tl.where(fine, ratio / tl.where(fine, near, 1.0), ratio)
+
+
+@triton.jit
 def kernel_row(cost, log_v, k, columns, m, HAS_V: tl.constexpr):
     """log2 v_j - k C_ij of one row; -inf beyond the problem."""
     inside = columns < m
