@@ -23,6 +23,7 @@ from .contrast import (
     SupervisedContrastiveLoss,
 )
 from .cot2align import CoT2AlignLoss
+from .dskd import DSKDCMALoss, DSKDLoss
 from .feature_transport import FeatureTransportLoss
 from .features import (
     CATKDLoss,
@@ -155,6 +156,8 @@ __all__ = [
     "DKDLoss",
     "DPOLoss",
     "DParallelLoss",
+    "DSKDCMALoss",
+    "DSKDLoss",
     "DTKDLoss",
     "DeARLoss",
     "DiSCoLoss",
