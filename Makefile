@@ -32,10 +32,11 @@ $(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
 	touch $@
 
 build: $(VENV)/.installed  ## compile the extension in place (with the host emulation of the CUDA kernels)
-	PATH="$(CURDIR)/$(BIN):$$PATH" KDK_SIMT=1 MAX_JOBS=$(JOBS) $(BIN)/python setup.py -q build_ext --inplace
+	PATH="$(CURDIR)/$(BIN):$$PATH" KDK_SIMT=1 KDK_TESTS=1 MAX_JOBS=$(JOBS) $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m kdkernels info
 
 test: build  ## every test that this machine can run
+	$(BIN)/ctest --test-dir build/cmake-$$($(BIN)/python -c "import sys; print(sys.implementation.cache_tag)") --output-on-failure -j $(JOBS)
 	$(BIN)/python -m pytest $(TEST_FLAGS)
 
 simt: build  ## the CUDA kernels on the host, in three schedule orders
@@ -50,10 +51,14 @@ asan: $(VENV)/.installed  ## C++ self tests under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_stack_use_after_return=0 $(BIN)/ctest --test-dir build/asan --output-on-failure
 
 ptxas: $(VENV)/.installed  ## compile for every architecture; registers and spills to build/ptxas.csv; a spill fails
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cmake/ptxas_table.py --jobs $(JOBS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cmake/ptxas_table.py --jobs $(JOBS) $(if $(ARCHS),--archs "$(ARCHS)")
 
-bench: build  ## benchmarks against the peers that are installed
-	$(BIN)/python -m kdkernels bench --peers $(BENCH_FLAGS)
+bench: build peers_site  ## benchmarks against the peers
+	PYTHONPATH=peers_site $(BIN)/python -m kdkernels bench --peers $(BENCH_FLAGS)
+
+peers_site: bench/requirements-peers.txt | $(VENV)/.installed
+	$(PIP) install -q --no-deps --upgrade --target peers_site -r bench/requirements-peers.txt
+	touch peers_site
 
 lint: $(VENV)/.installed  ## ruff and clang-format
 	$(BIN)/ruff check .

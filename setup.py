@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -99,4 +99,11 @@ EXTENSIONS = [CMakeExtension("kdkernels._C")]
 if os.environ.get("KDK_SIMT", "0") not in ("0", "", "off"):
     EXTENSIONS.append(CMakeExtension("kdkernels._simt"))
 
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})
+# The benchmarks live at the top level and are installed as kdkernels._bench.
+setup(
+    packages=[*find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels._bench"],
+    package_dir={"kdkernels._bench": "bench"},
+    package_data={"kdkernels._bench": ["*.txt"]},
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -33,6 +33,9 @@ function(kd_add_cuda_sources target)
     set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
       "${flags};-Xptxas=-v;-Xfatbin=-compress-all;--threads=2;-Xcompiler=-fvisibility=hidden;--expt-relaxed-constexpr")
   endforeach()
+  # The target was made before the language was there, so it has no default for this.
+  set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17
+                        CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static)
   target_compile_definitions(${target} PUBLIC KDK_WITH_CUDA)
 endfunction()
 

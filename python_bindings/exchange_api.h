@@ -1,6 +1,6 @@
 // The part of DLPack 1.x that is used here, declared from its published ABI: a C table of functions
-// that a tensor type offers as `__dlpack_c_exchange_api__` (a capsule). It turns a Python tensor into
-// a borrowed view, and tells the current CUDA stream, without linking the tensor's library.
+// that a tensor type offers as `__dlpack_c_exchange_api__` (a capsule). It turns a Python tensor
+// into a borrowed view, and tells the current CUDA stream, without linking the tensor's library.
 #pragma once
 
 #include <cstdint>

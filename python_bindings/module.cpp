@@ -1,5 +1,5 @@
-// The extension module: `_C` (CPU, and CUDA where nvcc was there) or `_simt` (the CUDA sources run on
-// the host, development only). Both export the same functions.
+// The extension module: `_C` (CPU, and CUDA where nvcc was there) or `_simt` (the CUDA sources run
+// on the host, development only). Both export the same functions.
 #include "bind.h"
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -61,5 +61,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
   kd::binding::bind_common(m);
   kd::binding::bind_divergence(m);
+  kd::binding::bind_gromov(m);
+  kd::binding::bind_transport(m);
   kd::binding::bind_relation(m);
 }

@@ -75,11 +75,14 @@ inline DType dtype_from(dlpack::DType dtype) {
              : dtype.bits == 64 ? DType::kFloat64
              : dtype.bits == 16 ? DType::kFloat16
                                 : DType::kOther;
-    case dlpack::kBFloat: return dtype.bits == 16 ? DType::kBFloat16 : DType::kOther;
+    case dlpack::kBFloat:
+      return dtype.bits == 16 ? DType::kBFloat16 : DType::kOther;
     case dlpack::kInt:
       return dtype.bits == 64 ? DType::kInt64 : dtype.bits == 32 ? DType::kInt32 : DType::kOther;
-    case dlpack::kBool: return DType::kBool;
-    default: return DType::kOther;
+    case dlpack::kBool:
+      return DType::kBool;
+    default:
+      return DType::kOther;
   }
 }
 

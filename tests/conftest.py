@@ -38,10 +38,12 @@ class Backend:
         return self.name
 
 
-def _make(name: str) -> Backend:
+def _make(name: str, request) -> Backend:
+    """The backend, or a skip; a test module of another family than divergence says FAMILY = ..."""
+    family = getattr(request.module, "FAMILY", "divergence")
     if _WANTED and name not in _WANTED:
         pytest.skip(f"KDK_TEST_BACKENDS is {','.join(_WANTED)}")
-    reason = next(r for r in kd.backends() if r.backend == name)
+    reason = next(r for r in kd.backends() if r.backend == name and r.family == family)
     if not reason.available:
         pytest.skip(f"{name}: {reason.why_not}")
     return Backend(name)
@@ -50,10 +52,7 @@ def _make(name: str) -> Backend:
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """The backend under test, in force for the whole test."""
-    made = _make(request.param)
-    family = getattr(request.module, "FAMILY", "divergence")  # of the test module
-    if family not in registry.load(made.name).FAMILIES:
-        pytest.skip(f"{made.name} does not serve the family {family}")
+    made = _make(request.param, request)
     with kd.use_backend(made.name):
         yield made
 
@@ -61,7 +60,7 @@ def backend(request):
 @pytest.fixture(params=("cpu", "simt", "cuda"))
 def kernel_backend(request):
     """Backends whose kernels are ours in C++ or CUDA."""
-    made = _make(request.param)
+    made = _make(request.param, request)
     with kd.use_backend(made.name):
         yield made
 
@@ -69,7 +68,7 @@ def kernel_backend(request):
 @pytest.fixture(params=("cpu", "simt"))
 def double_backend(request):
     """Kernels that compute in float64 too (for gradcheck)."""
-    made = _make(request.param)
+    made = _make(request.param, request)
     with kd.use_backend(made.name):
         yield made
 

@@ -79,8 +79,10 @@ def test_every_kind_against_float64(backend, kind):
         expected, expected_gradient = reference(
             student, teacher, kind, temperature=1.5, reduction="none"
         )
-        tolerances.assert_values(loss, expected, dtype)
+        tolerances.assert_values(loss, expected, dtype, kind)
         scale = expected_gradient.abs().amax(-1, keepdim=True) + 1
+        if kind == "hellinger":  # its slope, 1 / (2 D), multiplies every error
+            scale = scale + 0.5 / expected[:, None]
         tolerances.assert_gradient(gradient, expected_gradient, scale, dtype)
 
 
@@ -103,7 +105,7 @@ def test_small_gaps_keep_their_relative_accuracy(backend, kind, gap):
         student, teacher = logits(4, 1500, gap=gap, std=std, device=backend.device)
         loss = kd.divergence(student, teacher, kind, reduction="none")
         expected, _ = reference(student, teacher, kind, reduction="none")
-        tolerances.assert_values(loss, expected, torch.float32)
+        tolerances.assert_values(loss, expected, torch.float32, kind)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -272,8 +274,8 @@ def test_upstream_other_than_one_and_retain_graph(backend):
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
     (second,) = torch.autograd.grad(loss * 3.0, z, retain_graph=True)
     (third,) = torch.autograd.grad(loss, z)
-    torch.testing.assert_close(first, third, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(second, 3 * first, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(first, third, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(second, 3 * first, rtol=1e-5, atol=6e-6)
     z = student.clone().requires_grad_()
     (scaled,) = torch.autograd.grad(kd.divergence(z, teacher) * 3.0, z)
     torch.testing.assert_close(scaled, 3 * first, rtol=1e-6, atol=1e-9)

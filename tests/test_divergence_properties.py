@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import kdkernels as kd
 from kdkernels.functional.kinds import KINDS
+from kdkernels.testing import tolerances
 
 PAIRED = sorted(k for k in KINDS if k != "entropy")
 NON_NEGATIVE = sorted(set(PAIRED) - {"cross_entropy"})
@@ -60,7 +61,7 @@ def test_shifting_a_row_changes_nothing(kernel_backend, pair, kind, shift):
     student, teacher = (torch.round(t * 256) / 256 for t in (student, teacher))
     plain = call(student.float(), teacher.float(), kind)
     moved = call((student + shift).float(), (teacher - shift).float(), kind)
-    torch.testing.assert_close(moved, plain, rtol=3e-5, atol=1e-9)
+    torch.testing.assert_close(moved, plain, rtol=1e-4, atol=tolerances.floor(kind, torch.float32))
 
 
 @few
@@ -72,8 +73,8 @@ def test_order_of_the_vocabulary_does_not_matter(kernel_backend, pair, kind, see
     torch.testing.assert_close(
         call(student[:, order], teacher[:, order], kind),
         call(student, teacher, kind),
-        rtol=2e-5,
-        atol=1e-12,
+        rtol=1e-4,
+        atol=tolerances.floor(kind, torch.float32),
     )
 
 
@@ -82,7 +83,10 @@ def test_order_of_the_vocabulary_does_not_matter(kernel_backend, pair, kind, see
 def test_symmetric_kinds_are_symmetric(kernel_backend, pair, kind):
     student, teacher = (t.to(kernel_backend.device) for t in pair)
     torch.testing.assert_close(
-        call(student, teacher, kind), call(teacher, student, kind), rtol=2e-5, atol=1e-12
+        call(student, teacher, kind),
+        call(teacher, student, kind),
+        rtol=1e-4,
+        atol=tolerances.floor(kind, torch.float32),
     )
 
 

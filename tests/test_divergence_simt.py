@@ -1,20 +1,21 @@
 """What only the emulator can show of the CUDA kernels: the same bits in every order of threads,
-shared memory that is written before it is read, rows on every alignment, blocks of every size, a grid
-smaller than the rows; and the kernels against the float64 reference."""
+shared memory that is written before it is read, rows on every alignment, blocks of every size, a
+grid smaller than the rows; and the kernels against the float64 reference."""
 
 from __future__ import annotations
-
 
 import pytest
 import torch
 
-from kdkernels.backends import simt, spec as S, torch as reference
+from kdkernels.backends import simt
+from kdkernels.backends import spec as S
+from kdkernels.backends import torch as reference
 from kdkernels.backends.spec import DivergenceSpec
 
 pytestmark = pytest.mark.skipif(bool(simt.why_not()), reason=simt.why_not() or "built")
 
 NAN, INF = float("nan"), float("inf")
-ORDERS = (("ascending", 0), ("descending", 0), ("shuffled", 1), ("warp_ahead", 2))
+ORDERS = (("ascending", 0), ("descending", 0), ("shuffle", 1), ("warp_ahead", 2))
 
 # One of each variant of the row kernel, and the kinds whose formulas differ inside it.
 KINDS = {
@@ -39,8 +40,18 @@ KINDS = {
 }
 VARIANTS = ("forward_kl", "linear", "jensen_shannon", "hellinger", "alpha_beta")
 # Kinds whose rows promise a relative error of 1e-5 at every gap (docs/contract: KL-type).
-KL_TYPE = ("forward_kl", "reverse_kl", "jeffreys", "jensen_shannon", "skew_forward", "skew_reverse",
-           "triangular", "chi_squared", "alpha", "renyi")
+KL_TYPE = (
+    "forward_kl",
+    "reverse_kl",
+    "jeffreys",
+    "jensen_shannon",
+    "skew_forward",
+    "skew_reverse",
+    "triangular",
+    "chi_squared",
+    "alpha",
+    "renyi",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +62,11 @@ def _ascending_afterwards():
 
 def forward(backend, z, a, *, gradients=True, inplace=False, **options):
     """(value, stats, grad_student, grad_teacher, grad_temperature); outputs start as NaN."""
-    numbers = {k: v for k, v in options.items() if k in DivergenceSpec._fields
-               and not isinstance(v, torch.Tensor)}
+    numbers = {
+        k: v
+        for k, v in options.items()
+        if k in DivergenceSpec._fields and not isinstance(v, torch.Tensor)
+    }
     spec = DivergenceSpec(**numbers)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     rows = z.shape[0]
@@ -65,32 +79,61 @@ def forward(backend, z, a, *, gradients=True, inplace=False, **options):
     stats = torch.full((rows, S.STATS), NAN, dtype=dtype)
     grads = [None, None, None]
     if gradients:
-        grads = [torch.full_like(z, NAN), None if a is None else torch.full_like(a, NAN),
-                 torch.full((rows, 2), NAN, dtype=dtype)]
+        grads = [
+            torch.full_like(z, NAN),
+            None if a is None else torch.full_like(a, NAN),
+            torch.full((rows, 2), NAN, dtype=dtype),
+        ]
     if inplace:
         grads[0] = z
     backend.divergence_fwd(
-        z, a, options.get("labels"), options.get("mask"), per_row("weight"),
-        per_row("student_temperature"), per_row("teacher_temperature"), per_row("first"),
-        per_row("second"), per_row("num_items"), value, stats, *grads, tuple(spec),
+        z,
+        a,
+        options.get("labels"),
+        options.get("mask"),
+        per_row("weight"),
+        per_row("student_temperature"),
+        per_row("teacher_temperature"),
+        per_row("first"),
+        per_row("second"),
+        per_row("num_items"),
+        value,
+        stats,
+        *grads,
+        tuple(spec),
     )
     return [value, stats, *grads]
 
 
 def backward(backend, z, a, stats, upstream, **options):
-    numbers = {k: v for k, v in options.items() if k in DivergenceSpec._fields
-               and not isinstance(v, torch.Tensor)}
+    numbers = {
+        k: v
+        for k, v in options.items()
+        if k in DivergenceSpec._fields and not isinstance(v, torch.Tensor)
+    }
 
     def per_row(name):
         tensor = options.get(name)
         return tensor.to(stats.dtype) if isinstance(tensor, torch.Tensor) else None
 
-    grads = [torch.full_like(z, NAN), None if a is None else torch.full_like(a, NAN),
-             torch.full((z.shape[0], 2), NAN, dtype=stats.dtype)]
+    grads = [
+        torch.full_like(z, NAN),
+        None if a is None else torch.full_like(a, NAN),
+        torch.full((z.shape[0], 2), NAN, dtype=stats.dtype),
+    ]
     backend.divergence_bwd(
-        z, a, options.get("labels"), options.get("mask"), per_row("student_temperature"),
-        per_row("teacher_temperature"), per_row("first"), per_row("second"), stats,
-        upstream.to(stats.dtype), *grads, tuple(DivergenceSpec(**numbers)),
+        z,
+        a,
+        options.get("labels"),
+        options.get("mask"),
+        per_row("student_temperature"),
+        per_row("teacher_temperature"),
+        per_row("first"),
+        per_row("second"),
+        stats,
+        upstream.to(stats.dtype),
+        *grads,
+        tuple(DivergenceSpec(**numbers)),
     )
     return grads
 
@@ -140,14 +183,27 @@ def compare(got, want, value=1e-5, gradient=2e-5, half=0.0):
 def test_every_kind_forward_and_backward(name, temperatures):
     z, a = rows(5, 301)
     teacher = None if name == "entropy" else a
-    options = {**KINDS[name], "student_temperature": temperatures[0],
-               "teacher_temperature": temperatures[1], "reduction": S.NONE}
+    options = {
+        **KINDS[name],
+        "student_temperature": temperatures[0],
+        "teacher_temperature": temperatures[1],
+        "reduction": S.NONE,
+    }
     got, want = forward(simt, z, teacher, **options), oracle(z, teacher, **options)
     compare(got, want)
     upstream = torch.linspace(-1, 2, 5)
     gradients = backward(simt, z, teacher, got[1], upstream, **options)
-    for x, y in zip(gradients, backward(reference, z.double(), None if teacher is None
-                                        else teacher.double(), want[1], upstream, **options)):
+    for x, y in zip(
+        gradients,
+        backward(
+            reference,
+            z.double(),
+            None if teacher is None else teacher.double(),
+            want[1],
+            upstream,
+            **options,
+        ),
+    ):
         assert_close(x, y, 2e-5)
 
 
@@ -162,8 +218,23 @@ def test_relative_error_at_every_gap(name, gap):
     assert (got >= 0).all()
 
 
+@pytest.mark.parametrize("top", [10.0, 25.0, 60.0])
+@pytest.mark.parametrize("name", [*KL_TYPE, "total_variation"])
+def test_rows_on_one_entry(name, top):
+    """Values of 1e-3 to 1e-20: all of them lies in the small probabilities."""
+    z, a = rows(8, 500, gap=0.1, std=2.0)
+    z[:, 17], a[:, 17] = z[:, 17] + top, a[:, 17] + top
+    options = {**KINDS[name], "reduction": S.NONE}
+    got = forward(simt, z, a, **options)[0].double()
+    want = oracle(z, a, **options)[0]
+    # Below 1e-12 the reference's own float64 shows.
+    assert ((got - want).abs() <= 1e-5 * want + 1e-18).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", [n for n in KINDS if n not in ("cross_entropy", "entropy", "linear")])
+@pytest.mark.parametrize(
+    "name", [n for n in KINDS if n not in ("cross_entropy", "entropy", "linear")]
+)
 def test_equal_rows_give_exactly_zero(name, dtype):
     z, _ = rows(4, 700, dtype=dtype)
     value = forward(simt, z, z.clone(), **KINDS[name], reduction=S.NONE)[0]
@@ -177,8 +248,10 @@ def test_every_pair_of_dtypes(name, student, teacher):
     z, a = rows(3, 133, dtype=student)[0], rows(3, 133, dtype=teacher)[1]
     options = {**KINDS[name], "reduction": S.SUM}
     # One rounding into the gradient's own dtype.
-    half = max(2.0**-11 if torch.float16 in (student, teacher) else 0.0,
-               2.0**-8 if torch.bfloat16 in (student, teacher) else 0.0)
+    half = max(
+        2.0**-11 if torch.float16 in (student, teacher) else 0.0,
+        2.0**-8 if torch.bfloat16 in (student, teacher) else 0.0,
+    )
     compare(forward(simt, z, a, **options), oracle(z, a, **options), half=half)
 
 
@@ -200,8 +273,7 @@ def test_shifted_rows(name, shift):
     z, a = rows(4, 400)
     a = (a + shift).float()
     options = {**KINDS[name], "reduction": S.NONE}
-    # Without fused multiply-add the emulator rounds a x scale, 1443 here, once more.
-    compare(forward(simt, z, a, **options), oracle(z, a, **options), value=3e-4, gradient=3e-4)
+    compare(forward(simt, z, a, **options), oracle(z, a, **options))
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -212,22 +284,40 @@ WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0, 0.25])
 OPTIONS = {
     "labels": {"labels": LABELS},
     "label_weight": {"labels": LABELS, "label_weight": 0.3},
-    "label_weight_tau": {"labels": LABELS, "label_weight": 0.3, "student_temperature": 3.0,
-                         "teacher_temperature": 2.0, "temperature_squared": 1.0},
+    "label_weight_tau": {
+        "labels": LABELS,
+        "label_weight": 0.3,
+        "student_temperature": 3.0,
+        "teacher_temperature": 2.0,
+        "temperature_squared": 1.0,
+    },
     "mask": {"mask": MASK},
-    "all": {"labels": LABELS, "mask": MASK, "weight": WEIGHT, "label_weight": 0.3,
-            "student_temperature": 2.0, "teacher_temperature": 2.0, "temperature_squared": 1.0},
+    "all": {
+        "labels": LABELS,
+        "mask": MASK,
+        "weight": WEIGHT,
+        "label_weight": 0.3,
+        "student_temperature": 2.0,
+        "teacher_temperature": 2.0,
+        "temperature_squared": 1.0,
+    },
     "weight": {"weight": WEIGHT},
     "weighted_mean": {"weight": WEIGHT, "normalize_weights": 1.0, "mask": MASK},
     "weighted_mean_alone": {"weight": WEIGHT, "normalize_weights": 1.0},
     "clip": {"clip_token": 1.2, "labels": LABELS},
-    "clip_tau": {"clip_token": 0.3, "student_temperature": 2.0, "teacher_temperature": 2.0,
-                 "temperature_squared": 1.0},
+    "clip_tau": {
+        "clip_token": 0.3,
+        "student_temperature": 2.0,
+        "teacher_temperature": 2.0,
+        "temperature_squared": 1.0,
+    },
     "num_items": {"num_items": 11.0, "mask": MASK},
     "num_items_tensor": {"num_items": torch.tensor(11.0), "mask": MASK},
     "columns": {"student_columns": 101.0, "teacher_columns": 101.0},
-    "tensor_temperatures": {"student_temperature": torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0, 1.0]),
-                            "teacher_temperature": torch.tensor([1.0, 1.0, 0.5, 2.5, 3.0, 1.2])},
+    "tensor_temperatures": {
+        "student_temperature": torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0, 1.0]),
+        "teacher_temperature": torch.tensor([1.0, 1.0, 0.5, 2.5, 3.0, 1.2]),
+    },
     "ignore_index": {"labels": LABELS.abs(), "ignore_index": 7.0},
     "none_selected": {"mask": torch.zeros(6, dtype=torch.bool)},
 }
@@ -255,8 +345,13 @@ def test_parameters_per_row():
             first = first.clamp(max=0.95)
         got = forward(simt, z, a, **options, first=first)
         compare(got, oracle(z, a, **options, first=first))
-    options = {"kind": S.ALPHA_BETA, "other": 1.0, "reduction": S.NONE, "first": first,
-               "second": first.flip(0)}
+    options = {
+        "kind": S.ALPHA_BETA,
+        "other": 1.0,
+        "reduction": S.NONE,
+        "first": first,
+        "second": first.flip(0),
+    }
     compare(forward(simt, z, a, **options), oracle(z, a, **options))
 
 
@@ -265,8 +360,12 @@ def test_parameters_per_row():
 def test_vocabularies_of_different_width(name, widths):
     z, a = rows(3, widths[0])[0], rows(3, widths[1], seed=1)[1]
     # Beyond its own end a row is impossible; infinite rows are another test's.
-    options = {**KINDS[name], "reduction": S.NONE, "student_columns": 1.0 * min(widths),
-               "teacher_columns": 1.0 * min(widths)}
+    options = {
+        **KINDS[name],
+        "reduction": S.NONE,
+        "student_columns": 1.0 * min(widths),
+        "teacher_columns": 1.0 * min(widths),
+    }
     compare(forward(simt, z, a, **options), oracle(z, a, **options))
 
 
@@ -292,8 +391,12 @@ STUDENT_ONLY = 3
 @pytest.mark.parametrize("name", KINDS)
 def test_special_rows(name, reduction):
     z, a = special_rows()
-    options = {**KINDS[name], "reduction": reduction, "student_temperature": 2.0,
-               "teacher_temperature": 2.0}
+    options = {
+        **KINDS[name],
+        "reduction": reduction,
+        "student_temperature": 2.0,
+        "teacher_temperature": 2.0,
+    }
     got, want = forward(simt, z, a, **options), oracle(z, a, **options)
     infinite = want[1][:, S.VALUE].isinf() | (torch.arange(7) == 3)
     for index in range(STUDENT_ONLY, 5):
@@ -317,8 +420,13 @@ def test_unselected_rows_are_never_read():
 def test_refused_rows(bad):
     """What only data can tell: that row's loss NaN, its gradient 0, nothing else touched."""
     z, a = rows(4, 133)
-    options = {"forward_kl": 1.0, "labels": torch.tensor([1, 2, 3, 4]), "label_weight": 0.5,
-               "student_temperature": torch.ones(4), "reduction": S.NONE}
+    options = {
+        "forward_kl": 1.0,
+        "labels": torch.tensor([1, 2, 3, 4]),
+        "label_weight": 0.5,
+        "student_temperature": torch.ones(4),
+        "reduction": S.NONE,
+    }
     good = forward(simt, z, a, **options)
     options["labels"] = options["labels"].clone()
     options["student_temperature"] = options["student_temperature"].clone()
@@ -344,7 +452,8 @@ def test_tiny_vocabularies(v):
             assert got[0].abs().max() <= 1e-6
             assert (got[2].abs() <= 1e-6).all() and (got[3].abs() <= 1e-6).all()
         else:
-            compare(got, want)
+            # Hellinger divides by a root: 1e-3 here, which multiplies what is lost in p and q.
+            compare(got, want, gradient=2e-4 if v == 2 else 2e-5)
 
 
 def test_no_rows():
@@ -364,10 +473,16 @@ def everything(name, z, a, **options):
 @pytest.mark.parametrize("v", [5, 700, 3001])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_order_of_threads_changes_no_bit(name, v):
-    """Missing barriers show as other bits, as NaN (fresh shared memory) or as the emulator's error."""
+    """Missing barriers show as other bits, as NaN or as the emulator's error."""
     z, a = rows(6, v)
-    options = {"labels": LABELS.clamp(max=v - 1), "label_weight": 0.2, "student_temperature": 2.0,
-               "teacher_temperature": 2.0, "batch": 2.0, "reduction": S.SEQUENCE_MEAN}
+    options = {
+        "labels": LABELS.clamp(max=v - 1),
+        "label_weight": 0.2,
+        "student_temperature": 2.0,
+        "teacher_temperature": 2.0,
+        "batch": 2.0,
+        "reduction": S.SEQUENCE_MEAN,
+    }
     simt.set_order(*ORDERS[0])
     first = everything(name, z, a, **options)
     assert all(t.isfinite().all() for t in first)
@@ -390,8 +505,14 @@ def test_in_place_equals_out_of_place(order):
                 assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
-                                    (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+)
 def test_every_alignment(dtypes):
     """Offsets and row strides that are no multiple of 16 bytes; neighbours stay untouched."""
     z0, a0 = rows(3, 45, dtype=dtypes[0])[0], rows(3, 45, dtype=dtypes[1])[1]
@@ -399,14 +520,14 @@ def test_every_alignment(dtypes):
     for offset_z, offset_a, width in [(1, 1, 53), (3, 0, 64), (0, 5, 51), (7, 2, 52), (2, 6, 61)]:
         store_z = torch.full((3, width), 99.0, dtype=dtypes[0])
         store_a = torch.full((3, width), 99.0, dtype=dtypes[1])
-        z, a = store_z[:, offset_z:offset_z + 45], store_a[:, offset_a:offset_a + 45]
+        z, a = store_z[:, offset_z : offset_z + 45], store_a[:, offset_a : offset_a + 45]
         z.copy_(z0), a.copy_(a0)
         got = forward(simt, z, a, forward_kl=1.0, reduction=S.NONE)
         for x, y in zip(got[:4], want[:4]):
             assert_close(x, y, 2e-2 if x.dtype != torch.float32 else 2e-6)
         forward(simt, z, a, forward_kl=1.0, inplace=True, reduction=S.NONE)
         outside = torch.ones(width, dtype=torch.bool)
-        outside[offset_z:offset_z + 45] = False
+        outside[offset_z : offset_z + 45] = False
         assert (store_z[:, outside] == 99.0).all() and (store_a != 99.0).sum() == 3 * 45
 
 
@@ -479,5 +600,3 @@ def test_refusals_name_the_argument(change, message):
     z, a = options.pop("z"), options.pop("a")
     with pytest.raises(ValueError, match=message):
         forward(simt, z, a, **options, gradients=False)
-
-

@@ -254,7 +254,7 @@ def test_padded_vocabularies_compare_the_common_columns(tmp_path, loss, padded):
     _, plain = run(tmp_path, loss=loss)
     models = {"student": make_model(0), "teacher": make_model(7)}
     models[padded] = pad(models[padded])
-    trainer, wide = run(tmp_path, loss=loss, **models)
+    _, wide = run(tmp_path, loss=loss, **models)
     for name, gradient in plain.gradients[0].items():
         found = wide.gradients[0][name]
         torch.testing.assert_close(found[: len(gradient)], gradient, rtol=1e-5, atol=1e-6)

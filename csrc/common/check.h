@@ -1,5 +1,5 @@
-// KD_CHECK: a failed precondition becomes std::invalid_argument (ValueError in Python) whose message
-// carries the offending values.
+// KD_CHECK: a failed precondition becomes std::invalid_argument (ValueError in Python) whose
+// message carries the offending values.
 #pragma once
 
 #include <sstream>

@@ -12,9 +12,12 @@ namespace kd {
 template <class Fn>
 void dispatch_half_float(DType dtype, const char* argument, Fn&& fn) {
   switch (dtype) {
-    case DType::kFloat32: return fn(float{});
-    case DType::kFloat16: return fn(f16{});
-    case DType::kBFloat16: return fn(bf16{});
+    case DType::kFloat32:
+      return fn(float{});
+    case DType::kFloat16:
+      return fn(f16{});
+    case DType::kBFloat16:
+      return fn(bf16{});
     default:
       detail::fail(argument, ": expected float32, float16 or bfloat16, got ", name(dtype));
   }

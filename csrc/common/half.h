@@ -41,8 +41,12 @@ KD_HOST_DEVICE float bits_float(uint32_t bits) {
 }  // namespace detail
 
 // to_float(x): exact widening. double and float pass through, so templates need no special case.
-KD_HOST_DEVICE float to_float(float x) { return x; }
-KD_HOST_DEVICE double to_float(double x) { return x; }
+KD_HOST_DEVICE float to_float(float x) {
+  return x;
+}
+KD_HOST_DEVICE double to_float(double x) {
+  return x;
+}
 
 KD_HOST_DEVICE float to_float(bf16 x) {
   return detail::bits_float(static_cast<uint32_t>(x.bits) << 16);

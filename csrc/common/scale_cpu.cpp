@@ -22,10 +22,14 @@ void scale_typed(T* p, int64_t n, double factor) {
 
 void scale_entries(void* data, DType dtype, int64_t n, double factor) {
   switch (dtype) {
-    case DType::kFloat64: return scale_typed(static_cast<double*>(data), n, factor);
-    case DType::kFloat16: return scale_typed(static_cast<f16*>(data), n, factor);
-    case DType::kBFloat16: return scale_typed(static_cast<bf16*>(data), n, factor);
-    default: return scale_typed(static_cast<float*>(data), n, factor);
+    case DType::kFloat64:
+      return scale_typed(static_cast<double*>(data), n, factor);
+    case DType::kFloat16:
+      return scale_typed(static_cast<f16*>(data), n, factor);
+    case DType::kBFloat16:
+      return scale_typed(static_cast<bf16*>(data), n, factor);
+    default:
+      return scale_typed(static_cast<float*>(data), n, factor);
   }
 }
 

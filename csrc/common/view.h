@@ -6,7 +6,16 @@
 
 namespace kd {
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kBool, kOther };
+enum class DType : uint8_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kFloat64,
+  kInt64,
+  kInt32,
+  kBool,
+  kOther
+};
 enum class Device : uint8_t { kCpu, kCuda, kOther };
 
 constexpr int kMaxDims = 6;
@@ -36,20 +45,30 @@ struct View {
 
 inline const char* name(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return "float32";
-    case DType::kFloat16: return "float16";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat64: return "float64";
-    case DType::kInt64: return "int64";
-    case DType::kInt32: return "int32";
-    case DType::kBool: return "bool";
-    case DType::kOther: break;
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kInt64:
+      return "int64";
+    case DType::kInt32:
+      return "int32";
+    case DType::kBool:
+      return "bool";
+    case DType::kOther:
+      break;
   }
   return "an unsupported dtype";
 }
 
 inline const char* name(Device device) {
-  return device == Device::kCpu ? "cpu" : device == Device::kCuda ? "cuda" : "an unsupported device";
+  return device == Device::kCpu    ? "cpu"
+         : device == Device::kCuda ? "cuda"
+                                   : "an unsupported device";
 }
 
 }  // namespace kd

@@ -130,8 +130,10 @@ Rows rows_of(const View& view) {
 double known_divisor(const DivergenceArgs& args) {
   switch (reduction_of(args.spec)) {
     case Reduction::kNone:
-    case Reduction::kSum: return 1;
-    default: break;
+    case Reduction::kSum:
+      return 1;
+    default:
+      break;
   }
   if (args.spec.num_items > 0) return args.spec.num_items;
   if (reduction_of(args.spec) == Reduction::kBatchMean) return args.spec.batch;
@@ -215,7 +217,8 @@ void launch_row(const DivergenceArgs& args, bool forward) {
 
   const int64_t columns = std::max(params.student.columns, params.teacher.columns);
   // Rows beyond the grid are taken in strides.
-  const int64_t blocks = std::min<int64_t>(params.rows, int64_t{256} * simt::multiprocessor_count());
+  const int64_t blocks =
+      std::min<int64_t>(params.rows, int64_t{256} * simt::multiprocessor_count());
   const LaunchInfo info{forward ? "divergence_fwd_row" : "divergence_bwd_row",
                         dim3(static_cast<unsigned>(blocks)),
                         dim3(static_cast<unsigned>(threads_for(columns))),
@@ -232,7 +235,8 @@ void launch_row(const DivergenceArgs& args, bool forward) {
       return launch_rows<Variant::kMixture, F>(params, forward, info);
     case DivergenceGroup::kProbability:
       return launch_rows<Variant::kProbability, F>(params, forward, info);
-    case DivergenceGroup::kPower: return launch_rows<Variant::kPower, F>(params, forward, info);
+    case DivergenceGroup::kPower:
+      return launch_rows<Variant::kPower, F>(params, forward, info);
   }
 }
 
@@ -264,7 +268,11 @@ void run_as(const DivergenceArgs& args, bool forward) {
 
 }  // namespace
 
-void divergence_fwd(const DivergenceArgs& args) { run_as(args, true); }
-void divergence_bwd(const DivergenceArgs& args) { run_as(args, false); }
+void divergence_fwd(const DivergenceArgs& args) {
+  run_as(args, true);
+}
+void divergence_bwd(const DivergenceArgs& args) {
+  run_as(args, false);
+}
 
 }  // namespace kd::cuda

@@ -40,10 +40,10 @@ enum class Kind : int {
 };
 
 constexpr DivergenceGroup group_of(Kind kind) {
-  return kind == Kind::kNone               ? DivergenceGroup::kLinear
-         : kind <= Kind::kSkewReverse      ? DivergenceGroup::kMixture
-         : kind <= Kind::kChiSquared       ? DivergenceGroup::kProbability
-                                           : DivergenceGroup::kPower;
+  return kind == Kind::kNone          ? DivergenceGroup::kLinear
+         : kind <= Kind::kSkewReverse ? DivergenceGroup::kMixture
+         : kind <= Kind::kChiSquared  ? DivergenceGroup::kProbability
+                                      : DivergenceGroup::kPower;
 }
 
 // What happens to the row's sum before it is clipped and scaled.
@@ -62,12 +62,12 @@ struct DivergenceSpec {
   // Linear group: coefficients of each kind.
   double forward_kl = 1, reverse_kl = 0, cross_entropy = 0, entropy = 0;
   // One kind of another group beside it.
-  double kind = 0;            // Kind
-  double other = 0;           // its coefficient
-  double first = 0;           // its parameters
+  double kind = 0;   // Kind
+  double other = 0;  // its coefficient
+  double first = 0;  // its parameters
   double second = 0;
   double detach_mixture = 0;  // mixture: the student part of M carries no gradient
-  double outer = 0;          // Outer
+  double outer = 0;           // Outer
   // Rows.
   double student_temperature = 1, teacher_temperature = 1;
   double temperature_squared = 0;
@@ -75,35 +75,39 @@ struct DivergenceSpec {
   double ignore_index = -100;
   double clip_token = 0;  // <= 0: no clip
   // Reduction.
-  double reduction = 2;  // Reduction
+  double reduction = 2;          // Reduction
   double normalize_weights = 0;  // mean divides by the sum of weights instead of selected rows
-  double num_items = 0;  // > 0: divisor instead of the mean's
-  double batch = 1;      // size of dim 0, for batchmean and sequence_mean
+  double num_items = 0;          // > 0: divisor instead of the mean's
+  double batch = 1;              // size of dim 0, for batchmean and sequence_mean
   // Valid columns; beyond them a logit counts as -inf.
   double student_columns = 0, teacher_columns = 0;
 };
 
-#define KD_DIVERGENCE_SPEC_FIELDS(X)                                                             \
-  X(forward_kl) X(reverse_kl) X(cross_entropy) X(entropy) X(kind) X(other) X(first) X(second)    \
-  X(detach_mixture) X(outer) X(student_temperature) X(teacher_temperature)                       \
-  X(temperature_squared) X(label_weight) X(ignore_index) X(clip_token) X(reduction)              \
-  X(normalize_weights) X(num_items) X(batch) X(student_columns) X(teacher_columns)
+#define KD_DIVERGENCE_SPEC_FIELDS(X)                                                              \
+  X(forward_kl)                                                                                   \
+  X(reverse_kl) X(cross_entropy) X(entropy) X(kind) X(other) X(first) X(second) X(detach_mixture) \
+      X(outer) X(student_temperature) X(teacher_temperature) X(temperature_squared)               \
+          X(label_weight) X(ignore_index) X(clip_token) X(reduction) X(normalize_weights)         \
+              X(num_items) X(batch) X(student_columns) X(teacher_columns)
 
-// Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). Maxima are in
-// base 2: u = z * log2(e) / tau_s, so q = 2^(u - max_s) / sum_s, and the like for the teacher.
+// Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). The first four
+// are the business of the backend that wrote them: any reference near the row's maximum, in base 2
+// (cpu: u = z * log2(e) / tau_s, so q = 2^(u - max_s) / sum_s) or as a logit (cuda: q = 2^((z -
+// max_s) * log2(e) / tau_s) / sum_s), and the sum that goes with it (cuda: the teacher's as a
+// Quotient, divergence_rows.cuh). Backward runs where forward ran.
 enum Stat : int {
-  kMaxS = 0,     // max_v u_v (any finite reference near it)
-  kSumS = 1,     // sum_v 2^(u_v - max_s)
+  kMaxS = 0,  // reference of the student's exponentials, finite
+  kSumS = 1,  // their sum
   kMaxT = 2,
   kSumT = 3,
   kDivergence = 4,  // D, before clip
-  kCentreS = 5,  // sum_v q_v dD/dq_v up to the constants that cancel
-  kCentreT = 6,  // sum_v p_v dD/dp_v, likewise
-  kSlope = 7,    // d(row value)/d(sum of generators): outer, clip and tau^2 in one factor
-  kLabelLse = 8, // natural log-sum-exp of z at tau = 1 (0 without label_weight)
-  kValue = 9,    // the row's value before its weight
-  kFactor = 10,  // what multiplies the row's value: selected * weight / divisor
-  kUnit = 11,    // kFactor without the weight: selected / divisor
+  kCentreS = 5,     // sum_v q_v dD/dq_v up to the constants that cancel
+  kCentreT = 6,     // sum_v p_v dD/dp_v, likewise
+  kSlope = 7,       // d(row value)/d(sum of generators): outer, clip and tau^2 in one factor
+  kLabelLse = 8,    // natural log-sum-exp of z at tau = 1 (0 without label_weight)
+  kValue = 9,       // the row's value before its weight
+  kFactor = 10,     // what multiplies the row's value: selected * weight / divisor
+  kUnit = 11,       // kFactor without the weight: selected / divisor
   kStats = 12,
 };
 

@@ -7,7 +7,9 @@
 
 namespace kd {
 
-inline bool is_floating(DType dtype) { return dtype <= DType::kFloat64; }
+inline bool is_floating(DType dtype) {
+  return dtype <= DType::kFloat64;
+}
 
 inline DType compute_dtype(DType logits) {
   return logits == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -120,8 +122,8 @@ inline void check_divergence(const DivergenceArgs& args, bool forward) {
   }
   if (static_cast<Reduction>(static_cast<int>(args.spec.reduction)) == Reduction::kSequenceMean) {
     const int64_t batch = static_cast<int64_t>(args.spec.batch);
-    KD_CHECK(batch >= 1 && rows % batch == 0, "batch: ", rows, " rows do not divide into ",
-             args.spec.batch, " entries");
+    KD_CHECK(rows == 0 || (batch >= 1 && rows % batch == 0), "batch: ", rows,
+             " rows do not divide into ", args.spec.batch, " entries");
   }
 }
 

@@ -1,13 +1,16 @@
 // Row kernels of the divergences, compiled once per CPU ISA.
 //
-//   statistics   one read of both rows: normalisers, one-pass KL; leaves 2^u, 2^v (forward KL and
-//                cross entropy) or u, v (every other kind) in an L2-sized scratch buffer
-//   transform    scratch -> q, s in place, with the sums D, S, T
-//   gradient     one pass over scratch, non-temporal stores into a fresh gradient
+//   statistics   one read of both rows: normalisers, one-pass KL
+//   terms        D, S and T of the kinds that need both normalisers first; the linear group takes
+//                them from the statistics
+//   gradient     one pass, non-temporal stores into a large fresh gradient
 //
-// Rows that do not fit the scratch, teacher and temperature gradients, and the backward recompute p
-// and q from the logits block by block instead. A row's arithmetic depends on that row alone, so
-// neither the number of threads nor the neighbours change a bit.
+// For a student gradient alone the statistics leave the row pair in an L2-sized scratch buffer, in
+// the form that the kind's later passes need (divergence_ratio.h). Everything else is computed from
+// the logits again, which lie in the cache (divergence_exact.h): rows too wide for the scratch,
+// rows whose value is small, the teacher's and the temperatures' gradients, float64, the backward.
+// A row's arithmetic depends on that row alone, so neither the number of threads nor the neighbours
+// change a bit.
 #include "common/parallel.h"
 #include "divergence/divergence_exact.h"
 #include "divergence/divergence_gradient.h"
@@ -17,9 +20,8 @@ namespace kd {
 namespace KDK_ISA_NAMESPACE {
 namespace {
 
-constexpr double kExactBelow = 0.05;      // nats; one-pass values below are finished from the gap
-constexpr double kExactBelowScale = 0.02;  // the same for other kinds, relative to what cancels
-constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kExactBelow = 0.05;       // nats; one-pass values below are finished from the gap
+constexpr double kExactBelowError = 0.03;  // the same for other kinds, times sqrt(sum scale^2)
 
 template <class S>
 S per_row(const DivergenceRows::PerRow& numbers, int64_t row, double otherwise) {
@@ -44,8 +46,7 @@ struct Row {
   TT* grad_t;
   S* grad_tau;
   S* stats;
-  DivergenceGroup group;
-  Form form;
+  DivergenceGroup group;  // whose formulas the row needs
 
   Row(const DivergenceRows& c, int64_t row) {
     first = per_row<S>(c.first, row, c.spec.first);
@@ -53,25 +54,19 @@ struct Row {
     n.tau_s = per_row<S>(c.student_temperature, row, c.spec.student_temperature);
     n.tau_t = c.has_teacher ? per_row<S>(c.teacher_temperature, row, c.spec.teacher_temperature)
                             : n.tau_s;
-    n.scale_s = static_cast<S>(kLog2e / n.tau_s);
-    n.scale_t = static_cast<S>(kLog2e / n.tau_t);
-    n.has_linear = n.kind.forward_kl != S(0) || n.kind.reverse_kl != S(0) ||
-                   n.kind.cross_entropy != S(0) || n.kind.entropy != S(0);
-    z = {row_of<TS>(c.student, row), c.student_columns, n.scale_s, S(0)};
-    a = {row_of<TT>(c.teacher, row), c.teacher_columns, n.scale_t, S(0)};
+    z = {row_of<TS>(c.student, row), c.student_columns, static_cast<S>(kLog2E / n.tau_s), S(0)};
+    a = {row_of<TT>(c.teacher, row), c.teacher_columns, static_cast<S>(kLog2E / n.tau_t), S(0)};
     grad_s = row_of<TS>(c.grad_student, row);
     grad_t = row_of<TT>(c.grad_teacher, row);
     grad_tau = static_cast<S*>(c.grad_temperature);
     if (grad_tau != nullptr) grad_tau += row * c.grad_temperature_stride[0];
     stats = static_cast<S*>(c.stats) + row * c.stats_stride;
-    group = group_of(static_cast<Kind>(static_cast<int>(c.spec.kind)));
-    form = form_of(n.kind, group);
+    group = n.kind.other == S(0) ? DivergenceGroup::kLinear
+                                 : group_of(static_cast<Kind>(static_cast<int>(c.spec.kind)));
   }
 
   // References and normalisers, after the statistics.
   void set_sums(double sum_s, double sum_t) {
-    n.max_s = z.max;
-    n.max_t = a.max;
     // A row without any possible entry has probabilities 0, not NaN.
     if (!(sum_s > 0)) sum_s = 1;
     if (!(sum_t > 0)) sum_t = 1;
@@ -80,20 +75,8 @@ struct Row {
     n.lse_t = static_cast<S>(lse_t);
     n.inverse_s = static_cast<S>(1 / sum_s);
     n.inverse_t = static_cast<S>(1 / sum_t);
-    n.gap = lse_t - lse_s;
-  }
-
-  double exact() const {
-    if (n.kind.other != S(0)) {
-      switch (group) {
-        case DivergenceGroup::kMixture: return exact_value<DivergenceGroup::kMixture>(z, a, n);
-        case DivergenceGroup::kProbability:
-          return exact_value<DivergenceGroup::kProbability>(z, a, n);
-        case DivergenceGroup::kPower: return exact_value<DivergenceGroup::kPower>(z, a, n);
-        case DivergenceGroup::kLinear: break;
-      }
-    }
-    return exact_value<DivergenceGroup::kLinear>(z, a, n);
+    n.exact_gap = lse_t - lse_s;
+    n.gap = static_cast<S>(n.exact_gap);
   }
 
   void fill(const DivergenceRows& c, S number) {
@@ -108,29 +91,42 @@ struct Row {
   }
 };
 
-// All terms of a row without scratch: the sums of run_form over blocks made from the logits.
-template <class TS, class TT>
-RowTerms terms_from_logits(const Row<TS, TT>& r) {
-  using S = compute_t<TS>;
-  using V = Lanes<TS>;
-  alignas(64) S x[kBlock], y[kBlock];
-  const int64_t columns = r.z.columns > r.a.columns ? r.z.columns : r.a.columns;
-  RowTerms total;
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const int64_t n = padded<V>(columns - begin < kBlock ? columns - begin : kBlock);
-    for (int64_t i = 0; i < n; i += V::kLanes) {
-      store(x + i, scaled_logits<V>(r.z, begin + i));
-      store(y + i, scaled_logits<V>(r.a, begin + i));
-    }
-    const RowTerms block = run_form<Output::kNone, V>(r.form, r.group, x, y,
-                                                      static_cast<S*>(nullptr),
-                                                      static_cast<S*>(nullptr), n, r.n);
-    total.value += block.value;
-    total.scale += block.scale;
-    total.student += block.student;
-    total.teacher += block.teacher;
+// How a row is evaluated between its statistics and its gradient.
+enum class Way { kForward, kReverse, kLinear, kRatio, kLogRatio, kExact };
+
+// The fast ways keep the row pair in scratch and serve a student gradient alone.
+template <class S>
+Way way_of(const RowKind<S>& c, DivergenceGroup group, bool fast) {
+  const bool linear =
+      c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) || c.entropy != S(0);
+  if (c.other == S(0)) {
+    if (c.reverse_kl == S(0) && c.entropy == S(0)) return Way::kForward;
+    const bool plain = c.cross_entropy == S(0) && c.entropy == S(0);
+    return plain && fast && sizeof(S) == 4 ? Way::kReverse : Way::kLinear;
   }
-  return total;
+  if (linear || !fast || sizeof(S) == 8) return Way::kExact;
+  if (group != DivergenceGroup::kPower) return Way::kRatio;
+  const bool degenerate = c.alpha == S(0) || c.beta == S(0) || c.alpha + c.beta == S(0);
+  return degenerate ? Way::kExact : c.alpha + c.beta == S(1) ? Way::kRatio : Way::kLogRatio;
+}
+
+template <class V, class S>
+RowTerms fast_terms(S* x, S* y, int64_t n, const RowNumbers<S>& row, DivergenceGroup group,
+                    double* unit) {
+  const RowKind<S>& c = row.kind;
+  if (group == DivergenceGroup::kPower) {
+    return c.alpha + c.beta == S(1) ? ratio_terms<PowerRatio<true>, V>(x, y, n, row, unit)
+                                    : ratio_terms<PowerRatio<false>, V>(x, y, n, row, unit);
+  }
+  if (group == DivergenceGroup::kMixture) {
+    const bool slanted = c.to_teacher * (S(1) - c.mix) != c.to_student * c.mix;
+    return slanted ? ratio_terms<MixtureRatio<true>, V>(x, y, n, row, unit)
+                   : ratio_terms<MixtureRatio<false>, V>(x, y, n, row, unit);
+  }
+  if (c.total_variation != S(0)) return ratio_terms<TotalVariationRatio, V>(x, y, n, row, unit);
+  if (c.squared_hellinger != S(0)) return ratio_terms<HellingerRatio, V>(x, y, n, row, unit);
+  if (c.triangular != S(0)) return ratio_terms<TriangularRatio, V>(x, y, n, row, unit);
+  return ratio_terms<ChiSquaredRatio, V>(x, y, n, row, unit);
 }
 
 // Reference and base-2 log-sum-exp of one side; NaN logits have been excluded.
@@ -170,13 +166,11 @@ void infinite_kinds(const RowKind<S>& c, DivergenceGroup group, bool no_q, bool 
 template <class TS, class S>
 LabelTerm<S> label_term(const Side<TS>& z, int64_t index, double natural_lse, double coefficient) {
   LabelTerm<S> label;
-  // An impossible label makes the value infinite and has no gradient.
-  const double logit = to_float(z.logits[index]);
-  if (coefficient == 0 || !(logit > -__builtin_inf())) return label;
-  label.index = index;
+  label.active = coefficient != 0;
+  if (to_float(z.logits[index]) > -__builtin_inff()) label.index = index;
   label.coefficient = static_cast<S>(coefficient);
-  label.max = static_cast<S>(natural_lse * kLog2e);
-  label.lse = static_cast<S>(natural_lse * kLog2e - static_cast<double>(label.max));
+  label.max = static_cast<S>(natural_lse * kLog2E);
+  label.lse = static_cast<S>(natural_lse * kLog2E - static_cast<double>(label.max));
   return label;
 }
 
@@ -184,17 +178,18 @@ LabelTerm<S> label_term(const Side<TS>& z, int64_t index, double natural_lse, do
 template <class TS, class TT>
 void gradients_from_logits(const DivergenceRows& c, Row<TS, TT>& r,
                            const GradientScale<compute_t<TS>>& scale,
-                           const LabelTerm<compute_t<TS>>& label, double factor, double divergence) {
+                           const LabelTerm<compute_t<TS>>& label, double factor,
+                           double divergence) {
   using S = compute_t<TS>;
   const bool tau = r.grad_tau != nullptr;
   double moment_s = 0, moment_t = 0;
-  gradient_from_logits<TS, TT, S>(r.z, r.a, r.n, r.form, r.group, scale, label, r.grad_s, r.grad_t,
+  gradient_from_logits<TS, TT, S>(r.z, r.a, r.n, r.group, scale, label, r.grad_s, r.grad_t,
                                   c.fresh_gradient, tau ? &moment_s : nullptr,
                                   tau ? &moment_t : nullptr);
   if (!tau) return;
   // d/d tau of f(z / tau) = -sum z_v (df/dz_v) / tau, and z_v = u_v / scale + const.
-  double by_s = -moment_s / (double(r.n.scale_s) * double(r.n.tau_s));
-  const double by_t = -moment_t / (double(r.n.scale_t) * double(r.n.tau_t));
+  double by_s = -moment_s / (double(r.z.scale) * double(r.n.tau_s));
+  const double by_t = -moment_t / (double(r.a.scale) * double(r.n.tau_t));
   if (c.spec.temperature_squared != 0) {
     if (c.spec.clip_token > 0 && divergence > c.spec.clip_token) divergence = c.spec.clip_token;
     by_s += 2 * double(r.n.tau_s) * divergence * factor;
@@ -216,23 +211,26 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   r.stats[kUnit] = static_cast<S>(c.unit[index]);
 
   // Statistics.
-  const bool forward_only = r.form == Form::kForward;
   const int64_t columns = r.z.columns > r.a.columns ? r.z.columns : r.a.columns;
   // The second buffer starts away from the first one's 4 KiB aliases.
   const int64_t offset = (columns + 1023) / 1024 * 1024 + 16 * 17;
   const size_t bytes = static_cast<size_t>(offset + columns + 16) * sizeof(S);
-  const bool fits = bytes <= kScratchLimit;
-  const bool scratch_gradient =
-      fits && r.grad_s != nullptr && r.grad_t == nullptr && r.grad_tau == nullptr;
-  S *x = nullptr, *y = nullptr;
-  if (fits && (scratch_gradient || !forward_only)) {
-    x = reinterpret_cast<S*>(scratch(bytes));
-    y = x + offset;
-  }
+  const bool fast =
+      bytes <= kScratchLimit && r.grad_s != nullptr && r.grad_t == nullptr && r.grad_tau == nullptr;
+  Way way = way_of(r.n.kind, r.group, fast);
+  const bool keep = fast && way != Way::kLinear && way != Way::kExact;
+  S* const x = keep ? reinterpret_cast<S*>(scratch(bytes)) : nullptr;
+  S* const y = keep ? x + offset : nullptr;
   const RowSums<S> sums =
-      x == nullptr   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y)
-      : forward_only ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
-                     : row_statistics<Keep::kLogits>(&r.z, &r.a, x, y);
+      !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y)
+      : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
+      : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y)
+                              : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y);
+  // Of p and q only q and p / q are kept: not enough where q underflows beside a p that matters.
+  const bool near =
+      sums.top_gap - (__builtin_log2(sums.sum_t) - __builtin_log2(sums.sum_s)) < kLargestGap;
+  const bool ratio = way == Way::kReverse || way == Way::kRatio || way == Way::kLogRatio;
+  if (ratio && !near) way = way == Way::kReverse ? Way::kLinear : Way::kExact;
   if (sums.is_nan) {
     constexpr S kNan = static_cast<S>(__builtin_nan(""));
     for (int i = 0; i < kFactor; ++i) r.stats[i] = kNan;
@@ -248,30 +246,48 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   if (c.has_teacher) {
     infinite_kinds(r.n.kind, r.group, sums.no_q, sums.no_p, &flowing, &stopped);
   }
-  double total = 0, centre_s = 0, centre_t = 0;
-  if (forward_only) {
-    const double f = r.n.kind.forward_kl, e = r.n.kind.cross_entropy;
-    const double kl = kLn2 * (sums.gap / sum_t - r.n.gap);
+  const bool ordinary = !flowing && !stopped && !impossible;
+  double cx = 0, cy = 0, cr = 0;  // ScratchGradient without the row's factor
+  double q_unit = 1 / sum_s;      // q = x times this
+  RowTerms terms;
+  if (way == Way::kForward || way == Way::kReverse || way == Way::kLinear) {
+    const RowKind<S>& k = r.n.kind;
+    const double f = k.forward_kl, b = k.reverse_kl, e = k.cross_entropy, h = k.entropy;
+    const double kl = kLn2 * (sums.gap / sum_t - r.n.exact_gap);
+    const double back = -kLn2 * (sums.reverse / sum_s - r.n.exact_gap);
     const double cross = -kLn2 * (sums.cross / sum_t - __builtin_log2(sum_s));
-    total = f * kl + e * cross;
-    centre_s = (f + e) * (1 - sums.reachable / sum_t);
-    centre_t = total;
-    if (f != 0 && kl < kExactBelow && !flowing && !impossible) total = r.exact();
+    const double entropy = -kLn2 * (sums.entropy / sum_s - __builtin_log2(sum_s));
+    const auto part = [](double coefficient, double sum) {
+      return coefficient == 0 ? 0 : coefficient * sum;
+    };
+    terms.value = part(f, kl) + part(b, back) + part(e, cross) + part(h, entropy);
+    terms.student = part(b, back) + part(h, entropy);
+    terms.teacher = part(f, kl) + part(e, cross);
+    const bool small = (f != 0 && kl < kExactBelow) || (b != 0 && back < kExactBelow);
+    if (small && ordinary) {
+      terms.value = exact_terms(r.z, r.a, r.n, DivergenceGroup::kLinear).value;
+    }
+    if (way == Way::kForward) {
+      cx = (f + e) / sum_s;
+      cy = -(f + e) / sum_t;
+    } else {  // q (f (1 - 2^d) - b d ln(2) - S), where d is y less the gap
+      cx = (f + b * kLn2 * r.n.exact_gap - terms.student) / sum_s;
+      cy = -b * kLn2 / sum_s;
+      cr = -f / sum_t;
+    }
   } else {
-    const RowTerms terms =
-        x == nullptr ? terms_from_logits(r)
-        : scratch_gradient
-            ? run_form<Output::kStudent, V>(r.form, r.group, x, y, x, x, padded<V>(columns), r.n)
-            : run_form<Output::kNone, V>(r.form, r.group, x, y, x, x, padded<V>(columns), r.n);
-    total = terms.value;
-    centre_s = terms.student;
-    centre_t = terms.teacher;
-    const double size = __builtin_fabs(double(r.n.kind.other)) +
-                        __builtin_fabs(double(r.n.kind.forward_kl)) +
-                        __builtin_fabs(double(r.n.kind.reverse_kl)) + terms.scale;
-    const bool small = !(total >= kExactBelowScale * size) || r.form == Form::kMath;
-    if (small && !flowing && !stopped && !impossible) total = r.exact();
+    if (way == Way::kExact) {
+      terms = exact_terms(r.z, r.a, r.n, r.group);
+    } else {
+      terms = fast_terms<V>(x, y, padded<V>(columns), r.n, r.group, &q_unit);
+      cx = -terms.student * q_unit;
+      cy = 1;
+      if (!(terms.value >= kExactBelowError * __builtin_sqrt(terms.square)) && ordinary) {
+        terms.value = exact_terms(r.z, r.a, r.n, r.group).value;
+      }
+    }
   }
+  double total = terms.value, centre_s = terms.student, centre_t = terms.teacher;
   if (flowing || stopped) total = __builtin_inf();
   if (flowing || stopped) centre_t = __builtin_inf();
   if (stopped) centre_s = __builtin_inf();
@@ -290,13 +306,13 @@ void forward_row(const DivergenceRows& c, int64_t index) {
     if (r.n.tau_s == S(1)) {
       label_lse = kLn2 * (double(r.z.max) + __builtin_log2(sum_s));
     } else {
-      Side<TS> plain{r.z.logits, r.z.columns, static_cast<S>(kLog2e), S(0)};
+      Side<TS> plain{r.z.logits, r.z.columns, static_cast<S>(kLog2E), S(0)};
       log_sum_exp(&plain, &label_lse);
       label_lse = kLn2 * (label_lse + double(plain.max));
     }
     const double logit = to_float(r.z.logits[gold]);
-    row_value += c.spec.label_weight *
-                 (logit > -__builtin_inf() ? label_lse - logit : __builtin_inf());
+    row_value +=
+        c.spec.label_weight * (logit > -__builtin_inf() ? label_lse - logit : __builtin_inf());
     label = label_term<TS, S>(r.z, gold, label_lse, factor * c.spec.label_weight);
   }
   r.stats[kMaxS] = r.z.max;
@@ -318,32 +334,41 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   const double by_student = slope == 0 ? 0 : factor * slope / r.n.tau_s;
   GradientScale<S> scale;
   scale.student = static_cast<S>(by_student);
-  scale.teacher =
-      flowing || slope == 0 ? S(0) : static_cast<S>(factor * slope / r.n.tau_t);
+  scale.teacher = flowing || slope == 0 ? S(0) : static_cast<S>(factor * slope / r.n.tau_t);
   scale.centre_s = static_cast<S>(centre_s);
   scale.centre_t = static_cast<S>(centre_t);
-  if (!scratch_gradient || by_student == 0) {
+  if (!keep || way == Way::kExact || way == Way::kLinear || by_student == 0) {
     return gradients_from_logits(c, r, scale, label, factor, value.divergence);
   }
-  double cx, cy;
-  if (forward_only) {  // x = 2^u, y = 2^v
-    const double both = by_student * (r.n.kind.forward_kl + r.n.kind.cross_entropy);
-    cx = both / sum_s * (sums.reachable / sum_t);
-    cy = -both / sum_t;
-  } else {  // x = q, y = s
-    cx = -by_student * centre_s;
-    cy = by_student;
+  ScratchGradient<S> from;
+  from.product = way == Way::kReverse;
+  cx *= by_student;
+  cy *= by_student;
+  // The label's part. Its softmax is q at tau = 1; its one-hot goes into scratch, divided by what
+  // the gradient's pass multiplies it with, or after that pass where it multiplies by more than a
+  // number.
+  const int64_t hot = label.active ? label.index : -1;
+  S hot_gradient = 0;
+  if (label.active && r.n.tau_s == S(1)) {
+    cx += double(label.coefficient) * q_unit;
+    label.active = false;
   }
-  if (label.index >= 0) {
-    // The one-hot part, put into scratch: coefficient 1 where the vocabulary's pass multiplies by cy.
-    if (r.n.tau_s == S(1)) {
-      cx += double(label.coefficient) * (forward_only ? 1 / sum_s : 1);
-    }
-    if (cy != 0) y[label.index] -= static_cast<S>(double(label.coefficient) / cy);
-    if (r.n.tau_s == S(1)) label.index = -1;
+  if (hot >= 0 && !from.product) y[hot] -= static_cast<S>(double(label.coefficient) / cy);
+  if (hot >= 0 && from.product) {
+    const double soft =
+        label.active
+            ? label.coefficient *
+                  __builtin_exp2(double(to_float(r.z.logits[hot])) * kLog2E - label.max - label.lse)
+            : 0;
+    hot_gradient =
+        static_cast<S>(x[hot] * (cx + cy * y[hot] + by_student * cr * __builtin_exp2(y[hot])) +
+                       soft - label.coefficient);
   }
-  gradient_from_scratch(x, y, static_cast<S>(cx), static_cast<S>(cy), r.z, label, r.grad_s,
-                        c.fresh_gradient);
+  from.cx = static_cast<S>(cx);
+  from.cy = static_cast<S>(cy);
+  from.cr = static_cast<S>(by_student * cr);
+  gradient_from_scratch(x, y, from, r.z, label, r.grad_s, c.fresh_gradient);
+  if (hot >= 0 && from.product) r.grad_s[hot] = cast<TS>(hot_gradient);
 }
 
 template <class TS, class TT>
@@ -386,18 +411,25 @@ void rows(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
 template <class TS>
 void dispatch_teacher(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
   switch (c.teacher.dtype) {
-    case DType::kFloat16: return rows<TS, f16>(c, forward, begin, end);
-    case DType::kBFloat16: return rows<TS, bf16>(c, forward, begin, end);
-    default: return rows<TS, float>(c, forward, begin, end);
+    case DType::kFloat16:
+      return rows<TS, f16>(c, forward, begin, end);
+    case DType::kBFloat16:
+      return rows<TS, bf16>(c, forward, begin, end);
+    default:
+      return rows<TS, float>(c, forward, begin, end);
   }
 }
 
 void dispatch(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
   switch (c.student.dtype) {
-    case DType::kFloat64: return rows<double, double>(c, forward, begin, end);
-    case DType::kFloat16: return dispatch_teacher<f16>(c, forward, begin, end);
-    case DType::kBFloat16: return dispatch_teacher<bf16>(c, forward, begin, end);
-    default: return dispatch_teacher<float>(c, forward, begin, end);
+    case DType::kFloat64:
+      return rows<double, double>(c, forward, begin, end);
+    case DType::kFloat16:
+      return dispatch_teacher<f16>(c, forward, begin, end);
+    case DType::kBFloat16:
+      return dispatch_teacher<bf16>(c, forward, begin, end);
+    default:
+      return dispatch_teacher<float>(c, forward, begin, end);
   }
 }
 

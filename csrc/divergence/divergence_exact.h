@@ -1,46 +1,137 @@
-// The value of a row pair whose two sides are close, from the logits: divergence_math.h with
-// d = log p - log q taken from the difference of the logits themselves.
+// Terms of a row from its logits by divergence_math.h, any kind and any dtype, with d = log p - log
+// q taken from the difference of the logits themselves: right at every gap between student and
+// teacher.
 #pragma once
 
-#include "divergence/divergence_fast.h"
+#include "divergence/divergence_ratio.h"
 
 namespace kd {
 namespace KDK_ISA_NAMESPACE {
 
-template <DivergenceGroup G, class TS, class TT, class S>
-double exact_value(const Side<TS>& z, const Side<TT>& a, const RowNumbers<S>& row) {
+template <DivergenceGroup G>
+struct GroupTag {
+  static constexpr DivergenceGroup value = G;
+};
+
+// Reads a row pair block by block.
+template <class TS, class TT>
+struct Entries {
   using V = Lanes<TS>;
-  const int64_t columns = z.columns > a.columns ? z.columns : a.columns;
-  const V inverse_s(row.inverse_s), inverse_t(row.inverse_t), lse_s(row.lse_s), lse_t(row.lse_t);
-  const V dead(kDead), ln2(kLn2);
-  // In the logits' own units, which the rounded scale defines (not tau): then sum p = sum q = 1 and
-  // d fit each other to second order, whatever constant was added to one row.
-  const bool same_tau = z.scale == a.scale;
-  const double shift = (row.gap + (double(a.max) - double(z.max))) / double(z.scale);
-  const V shift_high(static_cast<S>(shift));
-  const V shift_low(static_cast<S>(shift - static_cast<double>(static_cast<S>(shift))));
-  const V unit(static_cast<S>(double(z.scale) * kLn2));
-  double total = 0;
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
-    V value = V::zero();
-    for (int64_t i = begin; i < end; i += V::kLanes) {
-      const V u = scaled_logits<V>(z, i), v = scaled_logits<V>(a, i);
-      const V lq = (u - lse_s) * ln2, lp = (v - lse_t) * ln2;
-      V d = lp - lq;
+  using S = compute_t<TS>;
+  Side<TS> z;
+  Side<TT> a;
+  V gap, shift_high, shift_low, unit;
+  bool same_tau;
+
+  Entries(const Side<TS>& student, const Side<TT>& teacher, const RowNumbers<S>& row)
+      : z(student), a(teacher), gap(row.gap) {
+    // In the logits' own units, which the rounded scale defines (not tau): then sum p = sum q = 1
+    // and d fit each other to second order, whatever constant was added to one row.
+    same_tau = z.scale == a.scale;
+    const double shift = (row.exact_gap + (double(a.max) - double(z.max))) / double(z.scale);
+    const S high = static_cast<S>(shift);
+    shift_high = V(high);
+    shift_low = V(static_cast<S>(shift - double(high)));
+    unit = V(static_cast<S>(double(z.scale) * kLn2));
+  }
+
+  // u, v and the natural log p - log q of n entries (whole vectors, at most kBlock) from `begin`
+  // on.
+  void load(int64_t begin, int64_t n, S* u_out, S* v_out, S* d_out) const {
+    const V dead(kDead), ln2(kLn2);
+    for (int64_t i = 0; i < n; i += V::kLanes) {
+      const V u = scaled_logits<V>(z, begin + i), v = scaled_logits<V>(a, begin + i);
+      V d = ((v - u) - gap) * ln2;
       if (same_tau) {
-        const V x = load_logits<V>(a.logits + i, a.columns - i);
-        const V y = load_logits<V>(z.logits + i, z.columns - i);
+        const V x = load_logits<V>(a.logits + begin + i, a.columns - begin - i);
+        const V y = load_logits<V>(z.logits + begin + i, z.columns - begin - i);
         // x - y with the part that rounding loses.
         const V high = x - y, back = high - x;
         const V low = (x - (high - back)) - (y + back);
         const V close = ((high - shift_high) + (low - shift_low)) * unit;
         d = select((u > dead) & (v > dead), close, d);
       }
-      const Entry<V> entry{exp2(v) * inverse_t, exp2(u) * inverse_s, d, lp, lq};
-      value += kd::terms<G>(entry, row.kind).value;
+      store(u_out + i, u);
+      store(v_out + i, v);
+      store(d_out + i, d);
     }
-    total += reduce_add_double(value);
+  }
+};
+
+template <DivergenceGroup G, class V, class S>
+KD_LANES Terms<V> terms_at(const S* u, const S* v, const S* d, const RowNumbers<S>& row, V* p,
+                           V* q) {
+  const V ln2(kLn2), x = V::load(u), y = V::load(v);
+  *p = exp2(y) * V(row.inverse_t);
+  *q = exp2(x) * V(row.inverse_s);
+  const Entry<V> entry{*p, *q, V::load(d), (y - V(row.lse_t)) * ln2, (x - V(row.lse_s)) * ln2};
+  return kd::terms<G>(entry, row.kind);
+}
+
+// Sums over one block.
+template <DivergenceGroup G, class V, class S>
+RowTerms sum_block(const S* u, const S* v, const S* d, int64_t n, const RowNumbers<S>& row) {
+  V value = V::zero(), student = value, teacher = value, p, q;
+  for (int64_t i = 0; i < n; i += V::kLanes) {
+    const Terms<V> t = terms_at<G>(u + i, v + i, d + i, row, &p, &q);
+    value += t.value;
+    student += t.student;
+    teacher += t.teacher;
+  }
+  return {reduce_add_double(value), reduce_add_double(student), reduce_add_double(teacher), 0};
+}
+
+// u, v, d of one block become q, s, p; t comes beside them.
+template <DivergenceGroup G, class V, class S>
+void transform_block(S* u, S* v, S* d, S* t_out, int64_t n, const RowNumbers<S>& numbers) {
+  const RowNumbers<S> row = numbers;  // a copy that the stores below cannot alias
+  const V dead(kDead);
+  for (int64_t i = 0; i < n; i += V::kLanes) {
+    V p, q;
+    const auto possible = V::load(u + i) > dead;
+    const Terms<V> t = terms_at<G>(u + i, v + i, d + i, row, &p, &q);
+    store(u + i, q);
+    // An impossible logit has no gradient, although its p counts in S.
+    store(v + i, select(possible, t.student, V::zero()));
+    store(d + i, p);
+    store(t_out + i, t.teacher);
+  }
+}
+
+// The group whose formulas a row needs: its kind's, or the linear one alone.
+template <class S>
+DivergenceGroup group_of_row(const RowKind<S>& kind, DivergenceGroup group) {
+  return kind.other == S(0) ? DivergenceGroup::kLinear : group;
+}
+
+template <class Fn>
+KD_LANES void with_group(DivergenceGroup group, const Fn& fn) {
+  switch (group) {
+    case DivergenceGroup::kLinear:
+      return fn(GroupTag<DivergenceGroup::kLinear>{});
+    case DivergenceGroup::kMixture:
+      return fn(GroupTag<DivergenceGroup::kMixture>{});
+    case DivergenceGroup::kProbability:
+      return fn(GroupTag<DivergenceGroup::kProbability>{});
+    case DivergenceGroup::kPower:
+      return fn(GroupTag<DivergenceGroup::kPower>{});
+  }
+}
+
+// D, S and T of a row.
+template <class TS, class TT, class S>
+RowTerms exact_terms(const Side<TS>& z, const Side<TT>& a, const RowNumbers<S>& row,
+                     DivergenceGroup group) {
+  using V = Lanes<TS>;
+  alignas(64) S u[kBlock], v[kBlock], d[kBlock];
+  const int64_t columns = z.columns > a.columns ? z.columns : a.columns;
+  const Entries<TS, TT> entries(z, a, row);
+  RowTerms total;
+  for (int64_t begin = (columns - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
+    const int64_t n = padded<V>(columns - begin < kBlock ? columns - begin : kBlock);
+    entries.load(begin, n, u, v, d);
+    with_group(group,
+               [&](auto tag) { total += sum_block<decltype(tag)::value, V>(u, v, d, n, row); });
   }
   return total;
 }

@@ -1,5 +1,5 @@
-// CPU entry of the divergences: checks, selected rows, factors, threads, the final sum. What runs per
-// row is in divergence_cpu.cpp.
+// CPU entry of the divergences: checks, selected rows, factors, threads, the final sum. What runs
+// per row is in divergence_cpu.cpp.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -33,7 +33,8 @@ void check_cpu(const View& view, const char* argument) {
            name(view.device));
 }
 
-DivergenceRows::Rows rows_of(const View& view, const char* argument, int64_t rows, int64_t columns) {
+DivergenceRows::Rows rows_of(const View& view, const char* argument, int64_t rows,
+                             int64_t columns) {
   if (!view) return {};
   check_cpu(view, argument);
   check_rows(view, argument, rows, columns);
@@ -54,8 +55,8 @@ double number(const View& view, int64_t index) {
 }
 
 int64_t valid_columns(double given, int64_t width, const char* argument) {
-  KD_CHECK(given >= 0 && given <= static_cast<double>(width), argument,
-           ": expected 0 (all) to ", width, " columns, got ", given);
+  KD_CHECK(given >= 0 && given <= static_cast<double>(width), argument, ": expected 0 (all) to ",
+           width, " columns, got ", given);
   return given == 0 ? width : static_cast<int64_t>(given);
 }
 
@@ -77,26 +78,27 @@ DivergenceRows prepare(const DivergenceArgs& args) {
   call.student_width = call.teacher_width = width;
   call.has_teacher = static_cast<bool>(args.teacher);
   if (call.has_teacher) {
-    KD_CHECK(args.teacher.ndim == 2 && args.teacher.shape[0] == rows,
-             "teacher: expected shape (", rows, ", V), got ", shape_text(args.teacher));
-    KD_CHECK(is_logits(args.teacher.dtype) && (args.teacher.dtype == DType::kFloat64) == wide,
-             "teacher: float64 goes with float64 and float32, float16 and bfloat16 with each other; "
-             "student is ", name(args.student.dtype), ", teacher ", name(args.teacher.dtype));
+    KD_CHECK(args.teacher.ndim == 2 && args.teacher.shape[0] == rows, "teacher: expected shape (",
+             rows, ", V), got ", shape_text(args.teacher));
+    KD_CHECK(
+        is_logits(args.teacher.dtype) && (args.teacher.dtype == DType::kFloat64) == wide,
+        "teacher: float64 goes with float64 and float32, float16 and bfloat16 with each other; "
+        "student is ",
+        name(args.student.dtype), ", teacher ", name(args.teacher.dtype));
     call.teacher_width = args.teacher.shape[1];
     KD_CHECK(call.teacher_width > 0 || rows == 0, "teacher: expected at least one column");
     call.teacher = rows_of(args.teacher, "teacher", rows, call.teacher_width);
   } else {
-    KD_CHECK(spec.forward_kl == 0 && spec.reverse_kl == 0 && spec.cross_entropy == 0 &&
-                 spec.kind == 0,
-             "teacher: expected logits, got none; only entropy goes without");
+    KD_CHECK(
+        spec.forward_kl == 0 && spec.reverse_kl == 0 && spec.cross_entropy == 0 && spec.kind == 0,
+        "teacher: expected logits, got none; only entropy goes without");
     KD_CHECK(!args.grad_teacher, "grad_teacher: there is no teacher");
     call.teacher = call.student;
   }
   call.student_columns = valid_columns(spec.student_columns, width, "student_columns");
-  call.teacher_columns = call.has_teacher
-                             ? valid_columns(spec.teacher_columns, call.teacher_width,
-                                             "teacher_columns")
-                             : call.student_columns;
+  call.teacher_columns =
+      call.has_teacher ? valid_columns(spec.teacher_columns, call.teacher_width, "teacher_columns")
+                       : call.student_columns;
   const DivergenceRows::Rows none;
   call.grad_student =
       args.grad_student ? rows_of(args.grad_student, "grad_student", rows, width) : none;
@@ -224,8 +226,8 @@ void unit_factors(const DivergenceArgs& args, const std::vector<uint8_t>& select
     return fill(0, rows, total > 0 ? 1 / total : 0);
   }
   const int64_t batch = static_cast<int64_t>(spec.batch);
-  KD_CHECK(batch > 0 && rows % batch == 0, "batch: ", rows, " rows do not divide into ",
-           spec.batch, " entries");
+  KD_CHECK(batch > 0 && rows % batch == 0, "batch: ", rows, " rows do not divide into ", spec.batch,
+           " entries");
   const int64_t length = rows / batch;
   std::vector<double> per_entry(static_cast<size_t>(batch));
   int64_t entries = 0;
@@ -256,12 +258,13 @@ int64_t grain(const DivergenceRows& call) {
 void divergence_fwd(const DivergenceArgs& args) {
   DivergenceRows call = prepare(args);
   const int64_t rows = args.student.shape[0];
-  const DType compute =
-      args.student.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  const bool none = static_cast<Reduction>(static_cast<int>(args.spec.reduction)) == Reduction::kNone;
-  KD_CHECK(args.value && args.value.ndim == (none ? 1 : 0) && (!none || args.value.shape[0] == rows),
-           "value: expected ", none ? "one number a row" : "a single number", ", got shape ",
-           shape_text(args.value));
+  const DType compute = args.student.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const bool none =
+      static_cast<Reduction>(static_cast<int>(args.spec.reduction)) == Reduction::kNone;
+  KD_CHECK(
+      args.value && args.value.ndim == (none ? 1 : 0) && (!none || args.value.shape[0] == rows),
+      "value: expected ", none ? "one number a row" : "a single number", ", got shape ",
+      shape_text(args.value));
   check_cpu(args.value, "value");
   check_dtype(args.value, "value", compute);
   if (args.weight) per_row_of(args.weight, "weight", rows, compute);
@@ -288,8 +291,7 @@ void divergence_fwd(const DivergenceArgs& args) {
   call.values = values;
   prepare_gradient(args.grad_student, args.student, &call.fresh_gradient);
   const auto kernel = KD_PICK_ISA(divergence_forward_rows);
-  parallel_for(0, rows, grain(call),
-               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  parallel_for(0, rows, grain(call), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   if (none) {
     for (int64_t i = 0; i < rows; ++i) put(args.value, i * args.value.stride[0], values[i]);
     return;
@@ -302,8 +304,7 @@ void divergence_fwd(const DivergenceArgs& args) {
 void divergence_bwd(const DivergenceArgs& args) {
   DivergenceRows call = prepare(args);
   const int64_t rows = args.student.shape[0];
-  const DType compute =
-      args.student.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const DType compute = args.student.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   KD_CHECK(args.upstream && args.upstream.ndim <= 1, "upstream: expected shape () or (", rows,
            ",), got ", shape_text(args.upstream));
   check_cpu(args.upstream, "upstream");
@@ -312,8 +313,7 @@ void divergence_bwd(const DivergenceArgs& args) {
   call.upstream = {args.upstream.data, args.upstream.ndim == 1 ? args.upstream.stride[0] : 0};
   prepare_gradient(args.grad_student, args.student, &call.fresh_gradient);
   const auto kernel = KD_PICK_ISA(divergence_backward_rows);
-  parallel_for(0, rows, grain(call),
-               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  parallel_for(0, rows, grain(call), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
 }  // namespace kd::cpu

@@ -20,17 +20,19 @@ namespace kd::cuda {
 
 // ---- 1. statistics -----------------------------------------------------------------------------
 
-// Sums beside the normaliser. kForward: teacher-weighted u difference; kLinear: that and the
-// student's own logit, weighted by either row.
+// Sums beside the normaliser. kForward: the difference of the logits, weighted by the teacher;
+// kLinear: that and the student's own logit, weighted by either row.
 template <Variant kVariant>
-constexpr int kTeacherSums = kVariant == Variant::kForward ? 2 : kVariant == Variant::kLinear ? 3 : 1;
+constexpr int kTeacherSums = kVariant == Variant::kForward  ? 2
+                             : kVariant == Variant::kLinear ? 3
+                                                            : 1;
 template <Variant kVariant>
 constexpr int kStudentSums = kVariant == Variant::kLinear ? 3 : 1;
 
 template <Variant kVariant, class F>
 struct Statistics {
-  OnlineSums<F, kTeacherSums<kVariant>> teacher;
-  OnlineSums<F, kStudentSums<kVariant>> student;
+  LogitSums<F, kTeacherSums<kVariant>> teacher;
+  LogitSums<F, kStudentSums<kVariant>> student;
 
   KD_HOST_DEVICE void merge(const Statistics& other) {
     teacher.merge(other.teacher);
@@ -46,71 +48,49 @@ KD_DEVICE F largest(const F (&x)[kChunk]) {
   return top;
 }
 
-// The normaliser alone, without weights, at another scale: log-sum-exp for the label at tau = 1.
+// The normaliser alone, at another scale: log-sum-exp for the label at tau = 1.
 template <class F>
-KD_DEVICE void push_plain(OnlineSums<F, 1>& sums, const F (&x)[kChunk], F top, F scale) {
-  if (top * scale > sums.max) sums.raise(top * scale);
+KD_DEVICE void push_plain(LogitSums<F, 1>& sums, const F (&x)[kChunk], F top) {
+  if (top > sums.max) sums.raise(top);
   const F reference = sums.reference();
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) sums.sum[0] = sums.sum[0] + exp2(fma(x[i], scale, -reference));
+  for (int i = 0; i < kChunk; ++i) sums.add(exp2((x[i] - reference) * sums.scale));
 }
 
-KD_DEVICE float nearest_integer(float x) { return ::rintf(x); }
-KD_DEVICE double nearest_integer(double x) { return ::rint(x); }
-
-// Where the numbers of the linear group's weights start, so that they stay small.
-template <class F>
-struct Origin {
-  // Teacher minus student at column 0, if both are finite and the temperatures equal. An integer:
-  // taking it off a logit rounds nothing that their difference would not round too.
-  F shift;
-  F student;  // the student's logit at column 0, if finite
-
-  template <class Pair>
-  KD_DEVICE Origin(const Pair& pair, bool same) : shift(F(0)), student(F(0)) {
-    const F z = pair.student_at(0), a = pair.teacher_at(0);
-    if (abs(z) < F(kInfinity)) student = z;
-    if (same && abs(a - z) < F(kInfinity)) shift = nearest_integer(a - z);
-  }
-};
-
 template <Variant kVariant, class Pair, class F>
-KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale,
-                                                 F teacher_scale, const Origin<F>& origin,
-                                                 bool same, bool with_label,
-                                                 OnlineSums<F, 1>& label) {
+KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_scale, F teacher_scale,
+                                                 const Origin<F>& origin, bool same,
+                                                 bool with_label, LogitSums<F, 1>& label) {
   Statistics<kVariant, F> sums;
+  sums.student.scale = student_scale;
+  sums.teacher.scale = teacher_scale;
+  label.scale = F(kLog2E);
   for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
     F z[kChunk], a[kChunk];
     pair.load(c, z, a);
     const F top_z = largest(z), top_a = largest(a);
     // NaN never raises; it arrives in the sums.
-    if (top_z * student_scale > sums.student.max) sums.student.raise(top_z * student_scale);
-    if (top_a * teacher_scale > sums.teacher.max) sums.teacher.raise(top_a * teacher_scale);
+    if (top_z > sums.student.max) sums.student.raise(top_z);
+    if (top_a > sums.teacher.max) sums.teacher.raise(top_a);
     const F mz = sums.student.reference(), ma = sums.teacher.reference();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const F eq = exp2(fma(z[i], student_scale, -mz)), ep = exp2(fma(a[i], teacher_scale, -ma));
+      const F eq = exp2((z[i] - mz) * student_scale), ep = exp2((a[i] - ma) * teacher_scale);
+      sums.student.add(eq);
+      sums.teacher.add(ep);
       if constexpr (kVariant == Variant::kForward || kVariant == Variant::kLinear) {
-        const F w = same ? ((a[i] - origin.shift) - z[i]) * student_scale
-                         : fma(a[i], teacher_scale, -(z[i] * student_scale));
-        if constexpr (kVariant == Variant::kForward) {
-          const F none[1] = {F(0)}, weight[1] = {w};
-          sums.student.add(eq, none);
-          sums.teacher.add(ep, weight);
-        } else {
-          const F own = (z[i] - origin.student) * student_scale;
-          const F by_student[2] = {-w, own}, by_teacher[2] = {w, own};
-          sums.student.add(eq, by_student);
-          sums.teacher.add(ep, by_teacher);
+        const F own = z[i] - origin.student, other = a[i] - origin.teacher;
+        F w = fma(other, teacher_scale, -(own * student_scale));
+        if (same) w = (origin.close ? (a[i] - z[i]) - origin.lead : other - own) * student_scale;
+        sums.teacher.add_weight(1, ep, w);
+        if constexpr (kVariant == Variant::kLinear) {
+          sums.teacher.add_weight(2, ep, own * student_scale);
+          sums.student.add_weight(1, eq, -w);
+          sums.student.add_weight(2, eq, own * student_scale);
         }
-      } else {
-        const F none[1] = {F(0)};
-        sums.student.add(eq, none);
-        sums.teacher.add(ep, none);
       }
     }
-    if (with_label) push_plain(label, z, top_z, F(kLog2E));
+    if (with_label) push_plain(label, z, top_z);
   }
   sums = block_reduce(sums);
   if (with_label) label = block_reduce(label);
@@ -122,38 +102,56 @@ KD_DEVICE Statistics<kVariant, F> row_statistics(const Pair& pair, F student_sca
 template <class F>
 struct TermSums {
   F value, student, teacher;
+  F excess;  // sum of q - p: what rounding made of 0
 
-  KD_HOST_DEVICE TermSums() : value(F(0)), student(F(0)), teacher(F(0)) {}
+  KD_HOST_DEVICE TermSums() : value(F(0)), student(F(0)), teacher(F(0)), excess(F(0)) {}
   KD_HOST_DEVICE void merge(const TermSums& other) {
+    excess += other.excess;
     value += other.value;
     student += other.student;
     teacher += other.teacher;
   }
 };
 
-// A logit of -inf does not move, so its term counts only where it is infinite: that is how a row
-// says that it has no gradient (divergence_math.h).
+// q - p, small beside p where d is.
 template <class F>
-KD_DEVICE F moving(F logit, F term) {
-  return logit == F(-kInfinity) && !is_inf(term) ? F(0) : term;
+KD_DEVICE F excess_of(const Entry<F>& e) {
+  return abs(e.d) < F(kSmallGap<F>) ? e.p * (small_gap(e.d) - e.d) : e.q - e.p;
+}
+
+// Whether the common error of all d moves the value: by its square where d enters squared, by
+// itself in the probability and power groups. Never for rows that differ by more than rounding
+// does.
+template <Variant kVariant, class F>
+KD_DEVICE bool needs_correction(const TermSums<F>& sums) {
+  const bool squared = kVariant != Variant::kProbability && kVariant != Variant::kPower;
+  const F moved = squared ? sums.excess * sums.excess : abs(sums.excess);
+  return moved > F(1e-6) * sums.value && abs(sums.excess) < F(1e-3);
 }
 
 template <Variant kVariant, class Pair, class F>
-KD_DEVICE TermSums<F> row_terms(const Pair& pair, const RowSoftmax<F>& softmax,
-                                const RowKind<F>& kind) {
-  TermSums<F> sums;
-  for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
-    F z[kChunk], a[kChunk];
-    pair.load(c, z, a);
+KD_DEVICE TermSums<F> row_terms(const Pair& pair, RowSoftmax<F>& softmax, const RowKind<F>& kind,
+                                bool with_teacher) {
+  for (int attempt = 0;; ++attempt) {
+    TermSums<F> sums;
+    for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
+      F z[kChunk], a[kChunk];
+      pair.load(c, z, a);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const Terms<F> t = terms<group_of(kVariant)>(softmax.entry(z[i], a[i]), kind);
-      sums.value += t.value;
-      sums.student += moving(z[i], t.student);
-      sums.teacher += moving(a[i], t.teacher);
+      for (int i = 0; i < kChunk; ++i) {
+        const Entry<F> e = softmax.entry(z[i], a[i]);
+        const Terms<F> t = terms<group_of(kVariant)>(e, kind);
+        sums.value += t.value;
+        sums.student += t.student;
+        sums.teacher += t.teacher;
+        sums.excess += excess_of(e);
+      }
     }
+    sums = block_reduce(sums);
+    // At most one more read, of rows that nearly agree.
+    if (attempt == 1 || !with_teacher || !needs_correction<kVariant>(sums)) return sums;
+    softmax.correct(sums.excess);
   }
-  return block_reduce(sums);
 }
 
 // A one-pass value is the difference of two sums x and y (log2 units). It is taken only where it is
@@ -180,11 +178,12 @@ KD_DEVICE bool one_pass_terms(const Statistics<kVariant, F>& sums, const RowSoft
     };
     // Sums of s_v and t_v, from linear_terms: reverse KL and the entropy move the student's centre,
     // forward KL and the cross entropy the teacher's.
-    add(kind.forward_kl, sums.teacher.mean(1), -softmax.gap, out.teacher);
+    const F gap = softmax.gap(origin);
+    add(kind.forward_kl, sums.teacher.mean(1), -gap, out.teacher);
     if constexpr (kVariant == Variant::kLinear) {
       const Softmax<F>& s = softmax.student;
-      const F lse = fma(-origin.student, s.scale, s.reference) + s.log2_sum;
-      add(kind.reverse_kl, sums.student.mean(1), softmax.gap, out.student);
+      const F lse = (s.reference - origin.student) * s.scale + s.log2_sum;
+      add(kind.reverse_kl, sums.student.mean(1), gap, out.student);
       add(kind.cross_entropy, -sums.teacher.mean(2), lse, out.teacher);
       add(kind.entropy, -sums.student.mean(2), lse, out.student);
     }
@@ -261,25 +260,23 @@ KD_DEVICE RowValue<F> value_of(TermSums<F>& sums, const RowParams<F>& params,
 
 template <class F>
 struct GradientPlan {
-  F student, teacher;      // factor x slope / tau
-  F label;                 // factor x label weight; 0 without a label
-  F centre_s, centre_t;    // S and T of divergence_math.h
-  F label_lse;             // natural log-sum-exp of the student at tau = 1
-  F temperature;           // d(row value)/d tau_s through tau_s^2, times factor
+  F student, teacher;    // factor x slope / tau
+  F label;               // factor x label weight; 0 without a label
+  F centre_s, centre_t;  // S and T of divergence_math.h
+  F label_lse;           // natural log-sum-exp of the student at tau = 1
+  F temperature;         // d(row value)/d tau_s through tau_s^2, times factor
   int64_t label_column;
 
   KD_DEVICE GradientPlan(const RowParams<F>& params, const RowFacts<F>& facts, F factor, F slope,
-                         F divergence, const TermSums<F>& sums, F lse, F label_logit)
+                         F divergence, const TermSums<F>& sums, F lse)
       : student(factor * slope / facts.student_tau),
         teacher(is_inf(sums.teacher) ? F(0) : factor * slope / facts.teacher_tau),
-        label(F(0)),
+        label(facts.label >= 0 ? factor * static_cast<F>(params.spec.label_weight) : F(0)),
         centre_s(sums.student),
         centre_t(sums.teacher),
         label_lse(lse),
         temperature(F(0)),
         label_column(facts.label) {
-    // A label on a logit of -inf: loss inf, nothing to move.
-    if (label_logit > F(-kInfinity)) label = factor * static_cast<F>(params.spec.label_weight);
     if (params.spec.temperature_squared != 0) {
       const F clip = static_cast<F>(params.spec.clip_token);
       const F clipped = clip > F(0) && divergence > clip ? clip : divergence;
@@ -325,6 +322,7 @@ KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int
                                const GradientPlan<F>& plan) {
   const bool with_label = plan.label != F(0);
   const bool label_at_tau = softmax.student.scale == F(kLog2E);
+  const F lse_s = F(kLn2) * softmax.student.lse(), lse_t = F(kLn2) * softmax.teacher.lse();
   PairSum<F> temperatures;
   for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
     F z[kChunk], a[kChunk];
@@ -337,13 +335,17 @@ KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int
       const bool z_moves = z[i] > F(-kInfinity), a_moves = a[i] > F(-kInfinity);
       // The rows are overwritten here: their logits are not needed any more.
       F gz = F(0), ga = F(0);
-      if (z_moves && plan.student != F(0)) {
-        gz = plan.student * (t.student - e.q * plan.centre_s);
-        temperatures.student -= e.lq * gz;
+      if (plan.student != F(0)) {
+        const F g = plan.student * (t.student - e.q * plan.centre_s);
+        // d/d tau is -sum z g / tau. With log q = z / tau - lse in the place of z the sum stays
+        // small; what an impossible entry has in the centre makes up for the lse.
+        temperatures.student -= z_moves ? e.lq * g : -lse_s * g;
+        if (z_moves) gz = g;
       }
-      if (a_moves && plan.teacher != F(0)) {
-        ga = plan.teacher * (t.teacher - e.p * plan.centre_t);
-        temperatures.teacher -= e.lp * ga;
+      if (plan.teacher != F(0)) {
+        const F g = plan.teacher * (t.teacher - e.p * plan.centre_t);
+        temperatures.teacher -= a_moves ? e.lp * g : -lse_t * g;
+        if (a_moves) ga = g;
       }
       if (with_label) {
         const F q = label_at_tau ? e.q : exp2((z[i] - plan.label_lse) * F(kLog2E));
@@ -363,10 +365,10 @@ KD_DEVICE void write_gradients(const Pair& pair, const RowParams<F>& params, int
 
 // ---- kernels -----------------------------------------------------------------------------------
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const RowFacts<F> facts(params, row);
-  const RowPair<TS, TT, F> pair(params, row);
+  const RowPair<T, F> pair(params, row);
   F* stats = params.stats + row * params.stats_stride;
   F unit = F(0), factor = F(0);
   if (facts.selected) {
@@ -377,14 +379,14 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
       pair.wants_student() || pair.wants_teacher() || params.grad_temperature;
 
   // Everybody has read kUnit before thread 0 writes the row's statistics.
-  const auto write = [&](const RowSoftmax<F>* softmax, const TermSums<F>& sums, F divergence,
-                         F slope, F lse, F value) {
+  const auto write = [&](const RowSums<F>& row_sums, const TermSums<F>& sums, F divergence, F slope,
+                         F lse, F value) {
     __syncthreads();
     if (threadIdx.x != 0) return;
-    stats[kMaxS] = softmax ? softmax->student.reference : F(0);
-    stats[kSumS] = softmax ? softmax->student.sum : F(0);
-    stats[kMaxT] = softmax ? softmax->teacher.reference : F(0);
-    stats[kSumT] = softmax ? softmax->teacher.sum : F(0);
+    stats[kMaxS] = row_sums.student_reference;
+    stats[kSumS] = row_sums.student_sum;
+    stats[kMaxT] = row_sums.teacher_reference;
+    stats[kSumT] = row_sums.quotient;
     stats[kDivergence] = divergence;
     stats[kCentreS] = sums.student;
     stats[kCentreT] = sums.teacher;
@@ -393,12 +395,13 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     stats[kValue] = value;
     stats[kFactor] = factor;
     stats[kUnit] = unit;
-    if (params.value) params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
+    if (params.value)
+      params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
   };
 
   if (!facts.selected || !facts.valid) {
     const F value = facts.selected ? F(NAN) : F(0);
-    write(nullptr, TermSums<F>(), value, F(0), F(0), value);
+    write(RowSums<F>{F(0), F(0), F(0), F(0)}, TermSums<F>(), value, F(0), F(0), value);
     if (wants_gradient) fill_gradients(pair, params, row, F(0));
     return;
   }
@@ -407,43 +410,44 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const bool same = facts.same_temperature(), labelled = facts.label >= 0;
   const bool label_apart = labelled && facts.student_tau != F(1);
   const F label_logit = pair.student_at(facts.label);
-  const Origin<F> origin(pair, same);
-  OnlineSums<F, 1> label;
+  const Origin<F> origin(pair);
+  LogitSums<F, 1> label;
   const Statistics<kVariant, F> statistics =
       row_statistics<kVariant>(pair, F(kLog2E) / facts.student_tau, F(kLog2E) / facts.teacher_tau,
                                origin, same, label_apart, label);
-  const RowSoftmax<F> softmax(
+  RowSoftmax<F> softmax(
       Softmax<F>(facts.student_tau, statistics.student.max, statistics.student.sum[0]),
-      Softmax<F>(facts.teacher_tau, statistics.teacher.max, statistics.teacher.sum[0]), same,
-      origin.shift);
+      Softmax<F>(facts.teacher_tau, statistics.teacher.max, statistics.teacher.sum[0]), same);
 
   TermSums<F> sums;
   if (!one_pass_terms(statistics, softmax, origin, kind, sums)) {
-    sums = row_terms<kVariant>(pair, softmax, kind);
+    sums = row_terms<kVariant>(pair, softmax, kind, params.teacher.data != nullptr);
   }
   const RowValue<F> result = value_of(sums, params, facts, softmax);
   F value = result.value, lse = F(0);
   if (labelled) {
     const Softmax<F> at_one =
         label_apart ? Softmax<F>(F(1), label.max, label.sum[0]) : softmax.student;
-    lse = F(kLn2) * (at_one.reference + at_one.log2_sum);
+    lse = fma(F(kLn2), at_one.log2_sum, at_one.reference);
     const F nll = F(kLn2) * (at_one.log2_sum - at_one.exponent(label_logit));
     value += static_cast<F>(params.spec.label_weight) * nll;
   }
-  write(&softmax, sums, result.divergence, result.slope, lse, value);
+  const RowSums<F> row_sums = softmax.row_sums();
+  write(row_sums, sums, result.divergence, result.slope, lse, value);
 
   if (!wants_gradient) return;
   if (factor == F(0) || is_nan(result.slope)) {
     return fill_gradients(pair, params, row, factor == F(0) ? F(0) : F(NAN));
   }
-  write_gradients<kVariant>(pair, params, row, softmax, kind,
-                            GradientPlan<F>(params, facts, factor, result.slope, result.divergence,
-                                            sums, lse, label_logit));
+  // From what is stored, so that a backward repeats this gradient to the bit.
+  write_gradients<kVariant>(
+      pair, params, row, RowSoftmax<F>(row_sums, facts.student_tau, facts.teacher_tau), kind,
+      GradientPlan<F>(params, facts, factor, result.slope, result.divergence, sums, lse));
 }
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
-  const RowPair<TS, TT, F> pair(params, row);
+  const RowPair<T, F> pair(params, row);
   const F* stats = params.stats + row * params.stats_stride;
   const F slope = stats[kSlope];
   const F factor = stats[kFactor] == F(0) ? F(0) : stats[kFactor] * params.upstream.at(row);
@@ -454,76 +458,72 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
   if (is_nan(slope)) return fill_gradients(pair, params, row, F(NAN));
   const RowFacts<F> facts(params, row);
   const RowKind<F> kind = kind_of<kVariant>(params, row, facts.first);
-  const bool same = facts.same_temperature();
-  const RowSoftmax<F> softmax(Softmax<F>(facts.student_tau, stats[kMaxS], stats[kSumS]),
-                              Softmax<F>(facts.teacher_tau, stats[kMaxT], stats[kSumT]), same,
-                              Origin<F>(pair, same).shift);
+  const RowSums<F> row_sums{stats[kMaxS], stats[kSumS], stats[kMaxT], stats[kSumT]};
+  const RowSoftmax<F> softmax(row_sums, facts.student_tau, facts.teacher_tau);
   TermSums<F> sums;
   sums.student = stats[kCentreS];
   sums.teacher = stats[kCentreT];
   const GradientPlan<F> plan(params, facts, factor, slope, stats[kDivergence], sums,
-                             stats[kLabelLse], pair.student_at(facts.label));
-  __syncthreads();  // in place: column 0 and the label's logit have been read
+                             stats[kLabelLse]);
   write_gradients<kVariant>(pair, params, row, softmax, kind, plan);
 }
 
 // 64 registers a thread let two of the largest blocks share a multiprocessor of 65536; where that
 // does not do without spilling, one block may have 128.
-template <Variant kVariant, class TS>
+template <Variant kVariant, class T>
 constexpr int kBlocksPerMultiprocessor =
-    kVariant == Variant::kForward && !std::is_same<TS, AnyFloat>::value ? 2 : 1;
+    kVariant == Variant::kForward && !std::is_same<T, AnyFloat>::value ? 2 : 1;
 
-template <Variant kVariant, class TS, class TT, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+template <Variant kVariant, class T, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
     divergence_fwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    forward_row<kVariant, TS, TT>(params, row);
+    forward_row<kVariant, T>(params, row);
   }
 }
 
-template <Variant kVariant, class TS, class TT, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, TS>)
+template <Variant kVariant, class T, class F>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
     divergence_bwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    backward_row<kVariant, TS, TT>(params, row);
+    backward_row<kVariant, T>(params, row);
   }
 }
 
 // ---- launchers ---------------------------------------------------------------------------------
 
-template <Variant kVariant, class TS, class TT, class F>
+template <Variant kVariant, class T, class F>
 void launch_rows_as(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
-  forward ? launch(info, divergence_fwd_row_kernel<kVariant, TS, TT, F>, params)
-          : launch(info, divergence_bwd_row_kernel<kVariant, TS, TT, F>, params);
+  forward ? launch(info, divergence_fwd_row_kernel<kVariant, T, F>, params)
+          : launch(info, divergence_bwd_row_kernel<kVariant, T, F>, params);
 }
 
 template <Variant kVariant, class F>
 void launch_rows(const RowParams<F>& params, bool forward, const LaunchInfo& info) {
   if constexpr (std::is_same<F, float>::value) {
-    // Equal types, the common case, are compiled in; a mixture is looked up chunk by chunk.
+    // Equal types, the common case, are compiled in; mixtures are looked up chunk by chunk, which
+    // costs branches and keeps the compilation of seven architectures within minutes.
     const DType type = params.student.dtype;
     if (params.teacher.data == nullptr || params.teacher.dtype == type) {
-      if (type == DType::kFloat32) {
-        return launch_rows_as<kVariant, float, float>(params, forward, info);
-      }
-      if (type == DType::kFloat16) return launch_rows_as<kVariant, f16, f16>(params, forward, info);
-      return launch_rows_as<kVariant, bf16, bf16>(params, forward, info);
+      if (type == DType::kFloat32) return launch_rows_as<kVariant, float>(params, forward, info);
+      if (type == DType::kFloat16) return launch_rows_as<kVariant, f16>(params, forward, info);
+      return launch_rows_as<kVariant, bf16>(params, forward, info);
     }
   }
-  launch_rows_as<kVariant, AnyFloat, AnyFloat>(params, forward, info);
+  launch_rows_as<kVariant, AnyFloat>(params, forward, info);
 }
 
 }  // namespace kd::cuda
 
 // Each group is compiled in a file of its own, so that the compilers share the work.
 #if defined(__CUDACC__)
-#define KD_INSTANTIATE_ROWS(variant)              \
-  template void kd::cuda::launch_rows<variant, float>( \
-      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&);
+#define KD_INSTANTIATE_ROWS(variant)                                                           \
+  template void kd::cuda::launch_rows<variant, float>(const kd::cuda::RowParams<float>&, bool, \
+                                                      const kd::LaunchInfo&);
 #else
-#define KD_INSTANTIATE_ROWS(variant)                                   \
-  template void kd::cuda::launch_rows<variant, float>(                 \
-      const kd::cuda::RowParams<float>&, bool, const kd::LaunchInfo&); \
-  template void kd::cuda::launch_rows<variant, double>(                \
-      const kd::cuda::RowParams<double>&, bool, const kd::LaunchInfo&);
+#define KD_INSTANTIATE_ROWS(variant)                                                             \
+  template void kd::cuda::launch_rows<variant, float>(const kd::cuda::RowParams<float>&, bool,   \
+                                                      const kd::LaunchInfo&);                    \
+  template void kd::cuda::launch_rows<variant, double>(const kd::cuda::RowParams<double>&, bool, \
+                                                       const kd::LaunchInfo&);
 #endif

@@ -6,13 +6,13 @@
 //   teacher  T = sum_v t_v,  t_v = p_v dD/dp_v (+ const p_v)   so  dD/da_v = (t_v - p_v T) / tau_t
 // (a constant multiple of q_v in s_v cancels in s_v - q_v S because sum q = 1).
 //
-// Everything is a function of p, q and d = log p - log q. d comes from the difference of the logits,
-// not from two rounded logarithms; that, and generators without first-order terms, keeps a value of
-// 1e-7 nats right to 1e-5.
+// Everything is a function of p, q and d = log p - log q. d comes from the difference of the
+// logits, not from two rounded logarithms; that, and generators without first-order terms, keeps a
+// value of 1e-7 nats right to 1e-5.
 //
-// Zeros. p = 0 or q = 0 makes d infinite, and NaN where both are 0. Every product with d is selected
-// by its probability, so 0 * inf never reaches a sum. S or T that is infinite (a reverse kind with
-// p = 0 < q) means gradient 0; the row kernels decide that once a row.
+// Zeros. p = 0 or q = 0 makes d infinite, and NaN where both are 0. Every product with d is
+// selected by its probability, so 0 * inf never reaches a sum. S or T that is infinite (a reverse
+// kind with p = 0 < q) means gradient 0; the row kernels decide that once a row.
 #pragma once
 
 #include <type_traits>
@@ -69,10 +69,18 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
       c.to_student = S(1);
       c.mix = S(1) - first;
       break;
-    case Kind::kTotalVariation: c.total_variation = S(1); break;
-    case Kind::kSquaredHellinger: c.squared_hellinger = S(1); break;
-    case Kind::kTriangular: c.triangular = S(1); break;
-    case Kind::kChiSquared: c.chi_squared = S(1); break;
+    case Kind::kTotalVariation:
+      c.total_variation = S(1);
+      break;
+    case Kind::kSquaredHellinger:
+      c.squared_hellinger = S(1);
+      break;
+    case Kind::kTriangular:
+      c.triangular = S(1);
+      break;
+    case Kind::kChiSquared:
+      c.chi_squared = S(1);
+      break;
     case Kind::kAlphaBeta:
       c.alpha = first;
       c.beta = second;
@@ -81,10 +89,12 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
       c.alpha = first;
       c.beta = S(1) - first;
       break;
-    case Kind::kNone: break;
+    case Kind::kNone:
+      break;
   }
-  // The ends of a mixture are of the linear group: M = q makes KL(p || M) the forward and KL(q || M)
-  // nothing. Jensen-Shannon's are forward and reverse KL by the trainers' convention, not its limits.
+  // The ends of a mixture are of the linear group: M = q makes KL(p || M) the forward and KL(q ||
+  // M) nothing. Jensen-Shannon's are forward and reverse KL by the trainers' convention, not its
+  // limits.
   const bool jensen_shannon = kind == Kind::kJensenShannon;
   if (group_of(kind) == DivergenceGroup::kMixture && (c.mix == S(0) || c.mix == S(1))) {
     if (c.mix == S(0) && (jensen_shannon || kind == Kind::kSkewForward)) c.forward_kl += c.other;
@@ -96,8 +106,16 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
 
 // Below this |x| small_gap serves; above it the direct form does. float: at 1 the direct form has
 // lost a factor 3, at 1/4 it would have lost 30. double: the polynomial ends at 1/4.
+template <class F, class = void>
+struct ScalarOf {
+  using type = F;
+};
 template <class F>
-constexpr double kSmallGap = std::is_same<F, double>::value ? 0.25 : 1.0;
+struct ScalarOf<F, std::void_t<typename F::Scalar>> {  // SIMD lanes
+  using type = typename F::Scalar;
+};
+template <class F>
+constexpr double kSmallGap = std::is_same<typename ScalarOf<F>::type, double>::value ? 0.25 : 1.0;
 
 // e^-x - 1 + x, accurate relative to its own size (x^2 / 2 near 0). Taylor; the first term left out
 // is 5e-9 of the value at |x| = 1, 4e-15 at 1/4.
@@ -132,17 +150,28 @@ KD_HOST_DEVICE F kl_generator(F p, F difference, F d) {
 template <class F, class S>
 KD_HOST_DEVICE Terms<F> linear_terms(const Entry<F>& e, const RowKind<S>& c) {
   const F pq = e.q - e.p;
-  const F log_q_p = zero_times(e.p, e.lq), log_q_q = zero_times(e.q, e.lq);
-  const F forward = kl_generator(e.p, pq, e.d);
-  const F reverse = kl_generator(e.q, -pq, -e.d);
-  const F f(c.forward_kl), r(c.reverse_kl), x(c.cross_entropy), h(c.entropy);
-  Terms<F> t;
-  t.value = select(f != F(0), f * forward, F(0)) + select(r != F(0), r * reverse, F(0)) -
-            select(x != F(0), x * log_q_p, F(0)) - select(h != F(0), h * log_q_q, F(0));
-  t.student = (f + x) * pq - select(r != F(0), r * zero_times(e.q, e.d), F(0)) -
-              select(h != F(0), h * log_q_q, F(0));
-  t.teacher = select(f != F(0), f * zero_times(e.p, e.d), F(0)) - r * pq -
-              select(x != F(0), x * log_q_p, F(0));
+  // Coefficients are the same for a whole row: branches on them cost nothing.
+  Terms<F> t{F(0), F(c.forward_kl + c.cross_entropy) * pq, F(0)};
+  if (c.forward_kl != S(0)) {
+    t.value = F(c.forward_kl) * kl_generator(e.p, pq, e.d);
+    t.teacher = F(c.forward_kl) * zero_times(e.p, e.d);
+  }
+  if (c.reverse_kl != S(0)) {
+    const F r(c.reverse_kl);
+    t.value = t.value + r * kl_generator(e.q, -pq, -e.d);
+    t.student = t.student - r * zero_times(e.q, e.d);
+    t.teacher = t.teacher - r * pq;
+  }
+  if (c.cross_entropy != S(0)) {
+    const F cross = F(c.cross_entropy) * zero_times(e.p, e.lq);
+    t.value = t.value - cross;
+    t.teacher = t.teacher - cross;
+  }
+  if (c.entropy != S(0)) {
+    const F entropy = F(c.entropy) * zero_times(e.q, e.lq);
+    t.value = t.value - entropy;
+    t.student = t.student - entropy;
+  }
   return t;
 }
 
@@ -167,8 +196,7 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
   Terms<F> out;
   out.value = select(A > F(0), A * kl_generator(e.p, -v * pq, xp), F(0)) +
               select(B > F(0), B * kl_generator(e.q, w * pq, xq), F(0));
-  out.student = select(B > F(0), B * zero_times(e.q, xq), F(0)) -
-                F(c.mix_student) * v * rq * slant;
+  out.student = select(B > F(0), B * zero_times(e.q, xq), F(0)) - F(c.mix_student) * v * rq * slant;
   out.teacher = select(A > F(0), A * zero_times(e.p, xp), F(0)) - w * rp * slant;
   // An entry where both are 0 has d = NaN and adds nothing.
   const auto exists = max(e.p, e.q) > F(0);
@@ -185,23 +213,24 @@ KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c
   const F u = expm1(F(-0.5) * distance);
   const F t = u * (F(2) + u);
   const F ratio = F(1) + t;
-  const F signed_t = select(above, -t, t);        // (p - q) / base
-  const F r = signed_t / (F(2) + t);              // (p - q) / (p + q)
+  const F signed_t = select(above, -t, t);  // (p - q) / base
+  const F r = signed_t / (F(2) + t);        // (p - q) / (p + q)
   const F tv(c.total_variation), h(c.squared_hellinger), tri(c.triangular), chi(c.chi_squared);
   const F half(0.5), two(2), zero(0);
   Terms<F> out;
   // chi-squared divides by q: the base itself when q >= p, else base (1 + t).
-  const F chi_scale = select(above, F(1) / ratio, F(1));
+  // The exponential again, for 1 + t has few bits left where d is large.
+  const F chi_scale = select(above, exp(distance), F(1));
   out.value = base * (half * tv * abs(t) + half * h * u * u + tri * abs(t * r)) +
               select(chi != zero, chi * base * t * t * chi_scale, zero);
   const F sign = select(e.d > zero, F(-1), select(e.d < zero, F(1), zero));  // of q - p
   out.student = half * tv * e.q * sign + half * h * base * select(above, t - u, -u) -
                 tri * e.q * r * (two + r) -
                 select(chi != zero, chi * base * signed_t * (two + t) * chi_scale, zero);
-  out.teacher = half * h * base * select(above, -u, t - u) - half * tv * e.p * sign +
-                tri * e.p * r * (two - r) +
-                select(chi != zero,
-                       two * chi * base * signed_t * select(above, chi_scale, ratio), zero);
+  out.teacher =
+      half * h * base * select(above, -u, t - u) - half * tv * e.p * sign +
+      tri * e.p * r * (two - r) +
+      select(chi != zero, two * chi * base * signed_t * select(above, chi_scale, ratio), zero);
   const auto exists = base > zero;
   return {select(exists, out.value, zero), select(exists, out.student, zero),
           select(exists, out.teacher, zero)};
@@ -240,10 +269,10 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
   if (s != S(0)) value = kl_generator(base, other - base, F(s) * sd) * F(S(1) / s);
   if (little != S(0)) {
     value = value - kl_generator(base, W - base, F(little) * sd) * F(S(1) / little);
-    // base x d stands in both generators; where it is infinite it must go before it is subtracted.
     if (s != S(0)) {
-      const F bare = (other - base) * F(S(1) / s) - (W - base) * F(S(1) / little);
-      value = select(abs(sd) < F(kInfinity), value, bare);
+      // Far apart, where d may be infinite: the two x l cancel, so they are left out.
+      const F far = fma(F(S(1) / s), other - base, F(S(-1) / little) * (W - base));
+      value = select(abs(d) < F(4), value, far);
     }
   }
   Terms<F> out;
@@ -304,7 +333,8 @@ template <class S>
 KD_HOST_DEVICE RowValue<S> finish_row(S sum, const DivergenceSpec& spec, S first, S tau) {
   RowValue<S> row{sum, S(0), S(1)};
   switch (static_cast<Outer>(static_cast<int>(spec.outer))) {
-    case Outer::kIdentity: break;
+    case Outer::kIdentity:
+      break;
     case Outer::kSqrt:
       row.divergence = sqrt(sum);
       row.slope = sum > S(0) ? S(0.5) / row.divergence : S(0);

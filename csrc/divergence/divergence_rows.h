@@ -22,25 +22,25 @@ struct DivergenceRows {
     int64_t stride = 0;
   };
 
-  Rows student, teacher;                     // without a teacher: the student's rows again
-  Rows grad_student, grad_teacher;           // dtypes of the logits
-  bool has_teacher = false;                  // false: only the entropy's coefficient is not 0
-  bool fresh_gradient = false;               // grad_student is written for the first time and large
+  Rows student, teacher;            // without a teacher: the student's rows again
+  Rows grad_student, grad_teacher;  // dtypes of the logits
+  bool has_teacher = false;         // false: only the entropy's coefficient is not 0
+  bool fresh_gradient = false;      // grad_student is written for the first time and large
   int64_t student_width = 0, teacher_width = 0;      // allocated columns
   int64_t student_columns = 0, teacher_columns = 0;  // valid columns, <= width
-  const int64_t* labels = nullptr;           // only with label_weight != 0
+  const int64_t* labels = nullptr;                   // only with label_weight != 0
   int64_t label_stride = 0;
   PerRow student_temperature, teacher_temperature, first, second, upstream;
-  void* stats = nullptr;                     // (N, kStats) compute dtype
+  void* stats = nullptr;  // (N, kStats) compute dtype
   int64_t stats_stride = 0;
-  void* grad_temperature = nullptr;          // (N, 2) compute dtype
+  void* grad_temperature = nullptr;  // (N, 2) compute dtype
   int64_t grad_temperature_stride[2] = {0, 0};
 
   // Forward only, one entry a row.
   const uint8_t* selected = nullptr;
   const double* factor = nullptr;
   const double* unit = nullptr;
-  double* values = nullptr;                  // out: factor * row value
+  double* values = nullptr;  // out: factor * row value
 
   DivergenceSpec spec;
 };

@@ -3,12 +3,12 @@
 //   u = z log2(e) / tau_s - max_s      v = a log2(e) / tau_t - max_t      (one fma each)
 //
 // "max" is a lazy reference: the maximum of the row's first block. Any reference serves as long as
-// 2^u stays far from overflow, so no pass looks for the true maximum and nothing is rescaled; a block
-// that exceeds 2^60 restarts the row with the exact maxima, which happens once at most.
+// 2^u stays far from overflow, so no pass looks for the true maximum and nothing is rescaled; a
+// block that exceeds 2^60 restarts the row with the exact maxima, which happens once at most.
 //
-// The fast loop knows neither -inf nor NaN. Either one makes the block's sum of 2^v (v - u) infinite
-// or NaN; only then the block is done again with selects. A logit that is -inf, or so low that it
-// overflows in base 2, becomes kDead: finite, so that 0 * kDead = 0 in every later pass.
+// The fast loop knows neither -inf nor NaN. Either one makes the block's sum of 2^v (v - u)
+// infinite or NaN; only then the block is done again with selects. A logit that is -inf, or so low
+// that it overflows in base 2, becomes kDead: finite, so that 0 * kDead = 0 in every later pass.
 #pragma once
 
 #include "common/simd.h"
@@ -17,10 +17,10 @@
 namespace kd {
 namespace KDK_ISA_NAMESPACE {
 
-constexpr int64_t kBlock = 1024;      // entries between two checks
-constexpr float kDead = -1e30f;       // stands for log2(0)
-constexpr float kCeiling = 0x1p60f;   // of a block's sum
-constexpr float kUnderflow = -1050;   // 2^this is 0 even in float64
+constexpr int64_t kBlock = 1024;     // entries between two checks
+constexpr float kDead = -1e30f;      // stands for log2(0)
+constexpr float kCeiling = 0x1p60f;  // of a block's sum
+constexpr float kUnderflow = -1050;  // 2^this is 0 even in float64
 
 // Columns rounded up to whole vectors.
 template <class V>
@@ -32,23 +32,26 @@ KD_LANES int64_t padded(int64_t columns) {
 template <class T>
 struct Side {
   const T* logits;
-  int64_t columns;          // valid ones
-  compute_t<T> scale;       // log2(e) / tau
-  compute_t<T> max;         // the reference, base 2
+  int64_t columns;     // valid ones
+  compute_t<T> scale;  // log2(e) / tau
+  compute_t<T> max;    // the reference, base 2
 };
 
 template <class S>
 struct RowSums {
-  double sum_s = 0, sum_t = 0;  // of 2^u and 2^v
-  double gap = 0;               // of 2^v (v - u)
-  double cross = 0;             // of 2^v u
-  double reachable = 0;         // of 2^v where the student's logit is not -inf
-  bool no_q = false, no_p = false;                  // q = 0 < p, p = 0 < q somewhere
+  double sum_s = 0, sum_t = 0;      // of 2^u and 2^v
+  double gap = 0;                   // of 2^v (v - u)
+  double cross = 0;                 // of 2^v u
+  double reverse = 0;               // of 2^u (v - u)
+  double entropy = 0;               // of 2^u u
+  double top_gap = 0;               // largest v - u
+  bool no_q = false, no_p = false;  // q = 0 < p, p = 0 < q somewhere
   bool is_nan = false;
 };
 
-// What the pass leaves in the scratch buffers x and y.
-enum class Keep { kNothing, kExponentials, kLogits };
+// What the pass leaves in the scratch buffers x and y: nothing; 2^u and 2^v; 2^u and v - u; u and
+// v - u.
+enum class Keep { kNothing, kExponentials, kRatio, kLogRatio };
 
 // 2^x where x is at most a little above 0 in a healthy row; anything above the ceiling otherwise.
 template <class V>
@@ -93,13 +96,14 @@ KD_LANES compute_t<T> largest(const Side<T>& side, int64_t begin, int64_t end, b
 
 // Fast block of full vectors; true if every sum is finite and below the ceiling.
 template <Keep K, class TS, class TT, class V, class S>
-KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
-                         RowSums<S>* row) {
+KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x,
+                         S* y, RowSums<S>* row) {
   constexpr int kUnroll = 2;
   constexpr int64_t kStep = kUnroll * V::kLanes;
   constexpr int64_t kAhead = 4096;  // bytes; longer than the memory's latency, inside the page walk
   const V scale_s(z.scale), scale_t(a.scale), max_s(z.max), max_t(a.max);
-  V sum_s[kUnroll], sum_t[kUnroll], gap[kUnroll], cross[kUnroll];
+  V sum_s[kUnroll], sum_t[kUnroll], gap[kUnroll], cross[kUnroll], reverse = V::zero();
+  V entropy = V::zero(), top_gap(kDead);
   for (int j = 0; j < kUnroll; ++j) sum_s[j] = sum_t[j] = gap[j] = cross[j] = V::zero();
   for (int64_t i = begin; i < end; i += kStep) {
     constexpr int64_t kLineS = 64 / sizeof(TS), kLineT = 64 / sizeof(TT);
@@ -116,14 +120,22 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
       const V eu = lazy_exp2(u), ev = lazy_exp2(v);
       sum_s[j] += eu;
       sum_t[j] += ev;
-      gap[j] = fma(ev, v - u, gap[j]);
-      cross[j] = fma(ev, u, cross[j]);
-      if constexpr (K == Keep::kExponentials) {
+      const V d = v - u;
+      gap[j] = fma(ev, d, gap[j]);
+      if constexpr (K == Keep::kNothing || K == Keep::kExponentials) {
+        cross[j] = fma(ev, u, cross[j]);
+      }
+      if constexpr (K == Keep::kNothing) {
+        reverse = fma(eu, d, reverse);
+        entropy = fma(eu, u, entropy);
+      } else if constexpr (K == Keep::kExponentials) {
         store(x + at, eu);
         store(y + at, ev);
-      } else if constexpr (K == Keep::kLogits) {
-        store(x + at, u);
-        store(y + at, v);
+      } else {
+        top_gap = max(d, top_gap);
+        if constexpr (K == Keep::kRatio) reverse = fma(eu, d, reverse);
+        store(x + at, K == Keep::kRatio ? eu : u);
+        store(y + at, d);
       }
     }
   }
@@ -139,6 +151,10 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
   row->sum_t += reduce_add_double(sum_t[0]);
   row->gap += reduce_add_double(gap[0]);
   row->cross += reduce_add_double(cross[0]);
+  row->reverse += reduce_add_double(reverse);
+  row->entropy += reduce_add_double(entropy);
+  const double top = reduce_max(top_gap);
+  if (top > row->top_gap) row->top_gap = top;
   return true;
 }
 
@@ -148,7 +164,8 @@ template <Keep K, class TS, class TT, class V, class S>
 bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
                    RowSums<S>* row) {
   const V dead(kDead), underflow(kUnderflow), zero = V::zero();
-  V sum_s = zero, sum_t = zero, gap = zero, cross = zero, reachable = zero;
+  V sum_s = zero, sum_t = zero, gap = zero, cross = zero, reverse = zero;
+  V entropy = zero, top_gap(kDead);
   auto no_q = V::Mask::first(0), no_p = no_q, broken = no_q;
   for (int64_t i = begin; i < end; i += V::kLanes) {
     const V u = scaled_logits<V>(z, i), v = scaled_logits<V>(a, i);
@@ -156,19 +173,21 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
     const V eu = lazy_exp2(u), ev = lazy_exp2(v);
     sum_s += eu;
     sum_t += ev;
-    gap = fma(ev, v - u, gap);
+    const V d = v - u;
+    gap = fma(ev, d, gap);
     cross = fma(ev, u, cross);
+    reverse = fma(eu, d, reverse);
+    entropy = fma(eu, u, entropy);
+    top_gap = max(d, top_gap);
     broken = broken | is_nan(u) | is_nan(v);
     no_q = no_q | (impossible_q & (v > underflow));
     no_p = no_p | (impossible_p & (u > underflow));
-    const V kept = select(impossible_q, zero, ev);
-    reachable += kept;
     if constexpr (K == Keep::kExponentials) {
       store(x + i, eu);
-      store(y + i, kept);  // the gradient of an impossible logit is 0
-    } else if constexpr (K == Keep::kLogits) {
-      store(x + i, u);
-      store(y + i, v);
+      store(y + i, select(impossible_q, zero, ev));  // the gradient of an impossible logit is 0
+    } else if constexpr (K != Keep::kNothing) {
+      store(x + i, K == Keep::kRatio ? eu : u);
+      store(y + i, d);
     }
   }
   row->is_nan |= any(broken);
@@ -180,7 +199,10 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
   row->sum_t += reduce_add_double(sum_t);
   row->gap += reduce_add_double(gap);
   row->cross += reduce_add_double(cross);
-  row->reachable += reduce_add_double(reachable) - reduce_add_double(sum_t);
+  row->reverse += reduce_add_double(reverse);
+  row->entropy += reduce_add_double(entropy);
+  const double top = reduce_max(top_gap);
+  if (top > row->top_gap) row->top_gap = top;
   return true;
 }
 
@@ -222,7 +244,6 @@ RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
     }
     if (good || row.is_nan || exact) {
       row.is_nan |= !good;
-      row.reachable += row.sum_t;
       return row;
     }
   }

@@ -70,10 +70,11 @@ struct RelationSpec {
   double diagonal = 0;   // column of row 0's own entry (sharded rows)
 };
 
-#define KD_RELATION_SPEC_FIELDS(X)                                                         \
-  X(kind)                                                                                  \
-  X(need_student) X(need_teacher) X(causal) X(exclude_diagonal) X(block) X(beta) X(margin) \
-      X(clamped) X(clamp) X(label_mix) X(first_row) X(diagonal)
+#define KD_RELATION_SPEC_FIELDS(X)                                                             \
+  X(kind)                                                                                      \
+  X(need_student)                                                                              \
+  X(need_teacher) X(causal) X(exclude_diagonal) X(block) X(beta) X(margin) X(clamped) X(clamp) \
+      X(label_mix) X(first_row) X(diagonal)
 
 // What forward reports of each row, float64.
 enum RelationRow : int {

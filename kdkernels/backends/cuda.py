@@ -4,7 +4,7 @@ import torch
 
 from .native import extension
 
-FAMILIES = ("divergence", "relation")
+FAMILIES = ("divergence", "transport", "relation", "gromov")
 _C = extension("_C")
 
 
@@ -29,5 +29,13 @@ if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     divergence_fwd = _C.divergence_fwd
     divergence_bwd = _C.divergence_bwd
     scale = _C.scale
+    graph_nodes_fwd = _C.graph_nodes_fwd
+    graph_nodes_bwd = _C.graph_nodes_bwd
+    assignment = _C.assignment
+    sinkhorn_workspace = _C.sinkhorn_workspace
+    sinkhorn_fwd = _C.sinkhorn_fwd
+    sinkhorn_bwd = _C.sinkhorn_bwd
+    sorted_workspace = _C.sorted_workspace
+    sorted_transport = _C.sorted_transport
     relation_rows = _C.relation_rows
     plackett_luce = _C.plackett_luce

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import NamedTuple
 
-FAMILIES = ("divergence", "relation")
+FAMILIES = ("divergence", "transport", "relation", "gromov")
 NAMES = ("cuda", "cpu", "triton", "simt", "torch")
 # Automatic choice, best first. simt is a development backend: never chosen by itself.
 ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}

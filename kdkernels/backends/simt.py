@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence", "relation")
+FAMILIES = ("divergence", "transport", "relation", "gromov")
 _simt = extension("_simt")
 
 
@@ -17,6 +17,14 @@ if not isinstance(_simt, str):
     divergence_fwd = _simt.divergence_fwd
     divergence_bwd = _simt.divergence_bwd
     scale = _simt.scale
+    graph_nodes_fwd = _simt.graph_nodes_fwd
+    graph_nodes_bwd = _simt.graph_nodes_bwd
+    assignment = _simt.assignment
     relation_rows = _simt.relation_rows
     plackett_luce = _simt.plackett_luce
     set_order = _simt.set_order
+    sinkhorn_workspace = _simt.sinkhorn_workspace
+    sinkhorn_fwd = _simt.sinkhorn_fwd
+    sinkhorn_bwd = _simt.sinkhorn_bwd
+    sorted_workspace = _simt.sorted_workspace
+    sorted_transport = _simt.sorted_transport

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from . import spec as S
 from .spec import DivergenceSpec
+from .torch_gromov import assignment, graph_nodes_bwd, graph_nodes_fwd  # noqa: F401
+from .torch_transport import (  # noqa: F401
+    sinkhorn_bwd,
+    sinkhorn_fwd,
+    sinkhorn_workspace,
+    sorted_transport,
+    sorted_workspace,
+)
 
-FAMILIES = ("divergence", "relation")
+FAMILIES = ("divergence", "transport", "relation", "gromov")
 
 # Stands in for log-probability -inf: exp(-2000) is 0 in float64, and 0 * -2000 is 0 where 0 * inf
 # would be NaN. Rows whose true value is infinite are named by `_infinite`.

@@ -29,7 +29,7 @@ class Setting:
     teacher_layers: int
     validation_blocks: int
     text_bytes: int | None  # None: all of it
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 10
     vocabulary: int = VOCABULARY
 

@@ -13,8 +13,18 @@ END_OF_FILE = "<|end|>"
 
 # Installed packages differ between machines; tests and code tables are not language.
 _SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages __pycache__ test tests idle_test encodings ensurepip "
-    "lib-dynload turtledemo".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "ensurepip",
+        "lib-dynload",
+        "turtledemo",
+    ]
 )
 _SKIPPED_PREFIX = "_sysconfigdata"  # build paths of the interpreter
 _VALIDATION_PERIOD = 16

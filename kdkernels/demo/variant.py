@@ -163,6 +163,9 @@ def training_arguments(job: dict, setting: Setting, steps: int) -> transformers.
         lr_scheduler_type="cosine",
         warmup_steps=min(setting.warmup_steps, max(1, steps // 5)),
         optim="adamw_torch",
+        # Entries whose gradient is rounding noise would otherwise move by a whole learning rate in
+        # a random direction, and two correct losses would part ways.
+        adam_epsilon=1e-6,
         logging_strategy="no",
         save_strategy="no",
         report_to=[],

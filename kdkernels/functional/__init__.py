@@ -3,8 +3,14 @@
 from .contrastive import contrastive
 from .divergence import divergence, forward_kl, jensen_shannon, reverse_kl, total_variation
 from .feature import LayerMatch, Projector, feature, match_layers
+from .gromov import graph_on_logits
+from .gromov_wasserstein import gromov_wasserstein
 from .ranking import plackett_luce, ranking
 from .relation import relation
+from .sinkhorn import sinkhorn, sinkhorn_assign, transport
+from .sinkhorn_divergence import sinkhorn_divergence
+from .sliced_gromov_wasserstein import sliced_gromov_wasserstein
+from .sorted_transport import sorted_transport
 
 __all__ = [
     "LayerMatch",
@@ -13,11 +19,19 @@ __all__ = [
     "divergence",
     "feature",
     "forward_kl",
+    "graph_on_logits",
+    "gromov_wasserstein",
     "jensen_shannon",
     "match_layers",
     "plackett_luce",
     "ranking",
     "relation",
     "reverse_kl",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_divergence",
+    "sliced_gromov_wasserstein",
+    "sorted_transport",
     "total_variation",
+    "transport",
 ]

@@ -101,7 +101,7 @@ def divergence(
     if teacher is not None:
         _check_teacher(student, teacher)
     leading = student.shape[:-1]
-    batch = leading[0] if leading else 1
+    batch = (leading[0] if leading else 1) or 1  # no entries: no rows, whatever divides them
     compiling = torch.compiler.is_compiling()
     tensors = (
         isinstance(beta, Tensor)
@@ -236,6 +236,8 @@ def _constants(
         width,
         teacher_width,
     )
+    if not (spec.kind and spec.other) and not any(spec[:4]):
+        raise ValueError(f"kind: every coefficient is 0, got {kind!r}")
     reads = spec.kind or spec.forward_kl or spec.reverse_kl or spec.cross_entropy
     if teacher_width is None and reads:
         raise ValueError(f"teacher: None is for kind 'entropy' alone, got kind {kind!r}")
@@ -333,7 +335,9 @@ def _spec(
     teacher_columns = 0
     if teacher_width is not None:
         teacher_columns = _columns(teacher_vocab_size, "teacher_vocab_size", teacher_width)
-        if teacher_width != width and not (columns and teacher_columns):
+        valid = (columns or width, teacher_columns or teacher_width)
+        named = columns and teacher_columns
+        if teacher_width != width and not named and valid[0] != valid[1]:
             raise ValueError(
                 f"teacher: the last dimension is {teacher_width}, the student's is {width}; for "
                 "padded heads pass vocab_size and teacher_vocab_size, the valid columns of each"

@@ -17,8 +17,24 @@ IGNORE_INDEX = -100
 # What the trainer passes to kd.divergence itself, and what has no meaning for it. Named here so
 # that a clash is an error at construction and not in the middle of a run.
 _RESERVED_PARAMETERS = frozenset(
-    "labels ignore_index mask weight reduction normalize num_items vocab_size teacher_vocab_size "
-    "class_dim teacher_weights inplace group vocab_start return_stats support".split()
+    [
+        "labels",
+        "ignore_index",
+        "mask",
+        "weight",
+        "reduction",
+        "normalize",
+        "num_items",
+        "vocab_size",
+        "teacher_vocab_size",
+        "class_dim",
+        "teacher_weights",
+        "inplace",
+        "group",
+        "vocab_start",
+        "return_stats",
+        "support",
+    ]
 )
 # Elements of one chunk when the label cross entropy is measured: 16 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 22

@@ -6,10 +6,7 @@ from .attention_maps import (
     CrossModalAttentionLoss,
     SoftCodeAssignmentLoss,
 )
-from .clip import (
-    CLIPKDLoss,
-    TinyCLIPLoss,
-)
+from .clip import CLIPKDLoss, TinyCLIPLoss
 from .contrast import (
     ContrastiveLoss,
     CRDLoss,
@@ -18,6 +15,8 @@ from .contrast import (
     PixelContrastiveLoss,
     SupervisedContrastiveLoss,
 )
+from .cot2align import CoT2AlignLoss
+from .feature_transport import FeatureTransportLoss
 from .features import (
     CATKDLoss,
     CosineLoss,
@@ -35,10 +34,10 @@ from .features import (
     UNICLoss,
     VkDLoss,
 )
-from .minilm import (
-    MiniLMLoss,
-    MiniLMv2Loss,
-)
+from .graph_on_logits import GraphOnLogitsLoss
+from .minilm import MiniLMLoss, MiniLMv2Loss
+from .multi_level_ot import MultiLevelOTLoss
+from .opta import OpTALoss
 from .rank import (
     ADRMSELoss,
     BiAlignLoss,
@@ -56,23 +55,17 @@ from .rank import (
     ScoreMSELoss,
 )
 from .registry import CatalogueEntry, catalogue, loss, register
-from .similarity import (
-    AffinityLoss,
-    CKALoss,
-    ICKDLoss,
-    PKTLoss,
-    RKDLoss,
-    SimilarityPreservingLoss,
-)
+from .similarity import AffinityLoss, CKALoss, ICKDLoss, PKTLoss, RKDLoss, SimilarityPreservingLoss
+from .sinkd import SinKDLoss
 from .token_relations import (
     CIRKDLoss,
     DINOv3GramLoss,
     StructuredPairwiseLoss,
     TokenRelationDistillationLoss,
 )
-from .trg import (
-    TRGLoss,
-)
+from .trg import TRGLoss
+from .uld import ULDLoss
+from .wkd import WKDFLoss, WKDLLoss
 
 __all__ = [
     "ADRMSELoss",
@@ -86,6 +79,7 @@ __all__ = [
     "CLIPKDLoss",
     "CRDLoss",
     "CatalogueEntry",
+    "CoT2AlignLoss",
     "ContrastiveLoss",
     "CosineLoss",
     "CrossModalAttentionLoss",
@@ -94,6 +88,8 @@ __all__ = [
     "DeARLoss",
     "DiSCoLoss",
     "FIRSTLoss",
+    "FeatureTransportLoss",
+    "GraphOnLogitsLoss",
     "HiddenMSELoss",
     "ICKDLoss",
     "L1Loss",
@@ -108,7 +104,9 @@ __all__ = [
     "MiniLMLoss",
     "MiniLMv2Loss",
     "MomentumDistillationLoss",
+    "MultiLevelOTLoss",
     "NormalizedMSELoss",
+    "OpTALoss",
     "PKTLoss",
     "PLDLoss",
     "PairwiseHingeLoss",
@@ -120,6 +118,7 @@ __all__ = [
     "ScoreKLLoss",
     "ScoreMSELoss",
     "SimilarityPreservingLoss",
+    "SinKDLoss",
     "SmoothL1Loss",
     "SoftCodeAssignmentLoss",
     "StructuredPairwiseLoss",
@@ -128,8 +127,11 @@ __all__ = [
     "TRGLoss",
     "TinyCLIPLoss",
     "TokenRelationDistillationLoss",
+    "ULDLoss",
     "UNICLoss",
     "VkDLoss",
+    "WKDFLoss",
+    "WKDLLoss",
     "catalogue",
     "loss",
     "register",

@@ -1,7 +1,7 @@
 """Triton kernels on CUDA tensors: the fallback of a GPU for which there is no prebuilt kernel.
 
-Under TRITON_INTERPRET=1, set before triton is imported, the same kernels run in numpy on CPU tensors
-(for tests). float32, float16 and bfloat16; float64 is refused by name.
+Under TRITON_INTERPRET=1, set before triton is imported, the same kernels run in numpy on CPU
+tensors (for tests). float32, float16 and bfloat16; float64 is refused by name.
 """
 
 import torch
@@ -14,7 +14,10 @@ try:
 except ImportError as error:
     _reason = f"triton is not installed ({error})"
 else:
-    from .divergence import INTERPRETED, divergence_bwd, divergence_fwd, scale
+    from .divergence import divergence_bwd as divergence_bwd
+    from .divergence import divergence_fwd as divergence_fwd
+    from .divergence import scale as scale
+    from .divergence_rows import INTERPRETED
 
     _reason = ""
     if INTERPRETED:

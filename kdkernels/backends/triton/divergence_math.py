@@ -11,8 +11,8 @@ Where p = 0 or q = 0, d is infinite (0 where both are); every product with it is
 probability. Rows whose value is infinite are named by flags (`stopped_and_flowing`), so sums of
 such rows may hold anything.
 
-Triton has neither expm1 nor log1p that run everywhere, so their series stand here. Nothing relies on
-the order of a rounding that a fused multiply-add could change.
+Triton has neither expm1 nor log1p that run everywhere, so their series stand here. Nothing relies
+on a rounding that a fused multiply-add could change.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ BHATTACHARYYA = tl.constexpr(S.BHATTACHARYYA)
 RENYI = tl.constexpr(S.RENYI)
 
 INFINITY = tl.constexpr(float("inf"))
+# Above it at least one side of an entry is possible, even if its probability underflows.
+UNDERFLOW = tl.constexpr(-20000.0)
 LOWEST_LOG = tl.constexpr(-30000.0)  # stands in for log 0 where it is multiplied by an exponent
 
 
@@ -109,19 +111,20 @@ def kl_generator(p, difference, d):
 
 
 @triton.jit
-def linear_terms(p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
-                 H: tl.constexpr):
+def linear_terms(
+    p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr
+):
     """f forward KL + r reverse KL + x cross entropy + h entropy; F, R, X, H: which are there.
 
-    Also the summands of S and T, in which sum(q - p) = 0 is used instead of summed: over possible
-    entries the (q - p) of s adds up to the p of the impossible ones, which `centre` takes directly.
+    Also the summands of S and T, without the q - p in them, which adds up to 0.
     """
     value = tl.zeros_like(p)
     student = tl.zeros_like(p)
     teacher = tl.zeros_like(p)
     centre_s = tl.zeros_like(p)
     centre_t = tl.zeros_like(p)
-    pq = q - p
+    # The gradient of close rows is this difference: from d it is right to its own size.
+    pq = tl.where(tl.abs(d) < 0.5, p * expm1(-d), q - p)
     if F:
         value += f * kl_generator(p, pq, d)
         rest = f * zero_times(p, d)
@@ -193,8 +196,11 @@ def mixture_terms(p, q, d, first, KIND: tl.constexpr, DETACH: tl.constexpr):
         student -= v * rq * slant
     teacher = tl.where(A > 0, A * zero_times(p, xp), 0.0) - w * rp * slant
     exists = tl.maximum(p, q) > 0
-    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
-            tl.where(exists, teacher, 0.0))
+    return (
+        tl.where(exists, value, 0.0),
+        tl.where(exists, student, 0.0),
+        tl.where(exists, teacher, 0.0),
+    )
 
 
 @triton.jit
@@ -228,9 +234,13 @@ def probability_terms(p, q, d, lp, lq, KIND: tl.constexpr):
         value = scaled * t * t
         student = -scaled * signed * (2.0 + t)
         teacher = 2.0 * signed * tl.where(above, scaled, p)
-    exists = base > 0
-    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
-            tl.where(exists, teacher, 0.0))
+    # p^2 / q may count where both underflow.
+    exists = (tl.maximum(lp, lq) > UNDERFLOW) if KIND == CHI_SQUARED else base > 0
+    return (
+        tl.where(exists, value, 0.0),
+        tl.where(exists, student, 0.0),
+        tl.where(exists, teacher, 0.0),
+    )
 
 
 @triton.jit
@@ -245,7 +255,7 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
     by one that is 0 is replaced by a division by 1 and not selected.
     """
     s = alpha + beta
-    exists = tl.maximum(p, q) > 0
+    exists = tl.maximum(lp, lq) > UNDERFLOW
     d = tl.where(exists, d, 0.0)
     lp = tl.maximum(lp, LOWEST_LOG)
     lq = tl.maximum(lq, LOWEST_LOG)
@@ -265,7 +275,10 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
     safe_beta = tl.where(beta == 0, 1.0, beta)
     whole = tl.where(s == 0, 0.0, kl_generator(base, other - base, s * sd) / safe_s)
     part = tl.where(little == 0, 0.0, kl_generator(base, W - base, little * sd) / safe_little)
-    value = (whole - part) / safe_big
+    # Far from each other, and at zeros, the base sd in both parts cancels before it is rounded.
+    far = (tl.abs(s * sd) >= 1.0) & (tl.abs(little * sd) >= 1.0)
+    value = tl.where(far, (other - base) / safe_s - (W - base) / safe_little, whole - part)
+    value = value / safe_big
     # (Q - W) / alpha and (P - W) / beta; their limits are -Q d and P d.
     x = alpha * d
     student = tl.where(tl.abs(x) < 0.5, -Q * expm1(x), Q - W) / safe_alpha
@@ -277,16 +290,38 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
     value = tl.where(origin, 0.5 * d * d, value)
     student = tl.where(origin, -d, student)
     teacher = tl.where(origin, d, teacher)
-    return (tl.where(exists, value, 0.0), tl.where(exists, student, 0.0),
-            tl.where(exists, teacher, 0.0))
+    return (
+        tl.where(exists, value, 0.0),
+        tl.where(exists, student, 0.0),
+        tl.where(exists, teacher, 0.0),
+    )
 
 
 @triton.jit
-def terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F: tl.constexpr, R: tl.constexpr,
-          X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr):
+def terms(
+    p,
+    q,
+    d,
+    lp,
+    lq,
+    f,
+    r,
+    x,
+    h,
+    other,
+    first,
+    second,
+    F: tl.constexpr,
+    R: tl.constexpr,
+    X: tl.constexpr,
+    H: tl.constexpr,
+    KIND: tl.constexpr,
+    DETACH: tl.constexpr,
+):
     """(value, student, teacher, summand of S, summand of T) of the linear group plus one kind."""
     value, student, teacher, centre_s, centre_t = linear_terms(
-        p, q, d, lp, lq, f, r, x, h, F, R, X, H)
+        p, q, d, lp, lq, f, r, x, h, F, R, X, H
+    )
     if KIND != NO_KIND:
         if KIND <= SKEW_REVERSE:
             v, s, t = mixture_terms(p, q, d, first, KIND, DETACH)
@@ -303,8 +338,9 @@ def terms(p, q, d, lp, lq, f, r, x, h, other, first, second, F: tl.constexpr, R:
 
 
 @triton.jit
-def stopped_and_flowing(no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr,
-                        X: tl.constexpr, KIND: tl.constexpr):
+def stopped_and_flowing(
+    no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, KIND: tl.constexpr
+):
     """Rows whose value is infinite: (with gradient 0, with the gradient of their finite part).
 
     no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
@@ -328,6 +364,8 @@ def stopped_and_flowing(no_q, no_p, first, second, F: tl.constexpr, R: tl.conste
         # q^beta diverges for beta < 0, and beta = 0 keeps p^alpha log(p / q), as forward KL.
         flowing = flowing | (no_q & (second == 0))
         stopped = stopped | (no_q & (second < 0)) | (no_p & (first <= 0))
+        # Opposed exponents whose sum is not positive diverge at either zero.
+        stopped = stopped | ((no_q | no_p) & (first + second <= 0) & (second != 0))
     return stopped, flowing
 
 
