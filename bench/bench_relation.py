@@ -20,10 +20,13 @@ def cases(settings: Settings) -> list[Case]:
     """All cases for the device; `quick` shrinks them to a smoke test."""
     if settings.quick:
         heads, tokens, wide, batch, vocabulary = 2, 128, 256, 128, 512
+        hidden = (256, 64)
     elif settings.device == "cuda":
         heads, tokens, wide, batch, vocabulary = 16, 8192, 16384, 32768, 128256
+        hidden = (65536, 4096)
     else:
         heads, tokens, wide, batch, vocabulary = 12, 2048, 4096, 4096, 128256
+        hidden = (8192, 1024)
     width = 128 if settings.device == "cuda" and not settings.quick else 64
     shape = (heads, tokens, width)
     video = (1, 3600 if not settings.quick else 150, 768 if not settings.quick else 32)
@@ -45,6 +48,8 @@ def cases(settings: Settings) -> list[Case]:
         case("relation gram_row_l2 loss+gradient", (1, wide, 256), gram_row_l2, (wide, wide)),
         case("contrastive loss+gradient", (batch, 128), info_nce, (batch, batch)),
         case("plackett_luce loss+gradient", (16, vocabulary), plackett_luce, (16, vocabulary)),
+        case("feature cosine loss+gradient", hidden, feature_cosine, hidden),
+        case("feature layer_norm smooth_l1 loss+gradient", hidden, feature_smooth_l1, hidden),
     ]
 
 
@@ -153,4 +158,30 @@ def plackett_luce(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         suffix = ordered.flip(-1).logcumsumexp(-1).flip(-1)
         return ((suffix - ordered) * weights).sum(-1).mean()
 
+    return _variants(ours, eager, student, teacher, settings.quick)
+
+
+def feature_cosine(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """1 - cos of hidden states; 4 reads and 1 write of a side."""
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.feature(student, teacher, "cosine")
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+    student, teacher = make_tokens(shape, settings.device)
+    return _variants(ours, eager, student, teacher, settings.quick)
+
+
+def feature_smooth_l1(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """Smooth L1 of layer-normalised hidden states."""
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.feature(student, teacher, "smooth_l1", normalize="layer_norm")
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return F.smooth_l1_loss(*(F.layer_norm(x, x.shape[-1:]) for x in (student, teacher)))
+
+    student, teacher = make_tokens(shape, settings.device)
     return _variants(ours, eager, student, teacher, settings.quick)

@@ -1,6 +1,8 @@
-// relation_rows and plackett_luce: tensors to views, numbers to a struct, nothing else.
+// relation_rows, feature_rows, feature_columns, plackett_luce: tensors to views, numbers to a
+// struct, nothing else.
 #include "bind.h"
 #include "common/check.h"
+#include "relation/feature.h"
 #include "relation/plackett_luce.h"
 #include "relation/relation.h"
 #include "view_caster.h"
@@ -88,6 +90,46 @@ void bind_relation(py::module_& m) {
       },
       "Row values of a chunk of two relation maps; the products become gradients in place "
       "(csrc/relation/relation.h).");
+
+  m.def(
+      "feature_rows",
+      [](py::object student, View teacher, View mask, View weight, View columns, View rows,
+         View elements, View row_upstream, View element_upstream, View student_gradient,
+         View teacher_gradient, View weight_gradient, int kind, int normalize, double beta,
+         double margin) {
+        FeatureArgs args;
+        args.student = view_from(student.ptr());
+        args.stream = current_stream(student.ptr(), args.student);
+        args.teacher = teacher;
+        args.mask = mask;
+        args.weight = weight;
+        args.columns = columns;
+        args.rows = rows;
+        args.elements = elements;
+        args.row_upstream = row_upstream;
+        args.element_upstream = element_upstream;
+        args.student_gradient = student_gradient;
+        args.teacher_gradient = teacher_gradient;
+        args.weight_gradient = weight_gradient;
+        args.kind = kind, args.normalize = normalize;
+        args.beta = beta, args.margin = margin;
+        run<FeatureArgs>(args, args.student.device, KD_ENTRY(feature_rows));
+      },
+      "Values of rows of features, or their gradients (csrc/relation/feature.h).");
+
+  m.def(
+      "feature_columns",
+      [](py::object tokens, View mask, View columns, View gradient, View out) {
+        FeatureColumnsArgs args;
+        args.tokens = view_from(tokens.ptr());
+        args.stream = current_stream(tokens.ptr(), args.tokens);
+        args.mask = mask;
+        args.columns = columns;
+        args.gradient = gradient;
+        args.out = out;
+        run<FeatureColumnsArgs>(args, args.tokens.device, KD_ENTRY(feature_columns));
+      },
+      "Means and deviations by column, or the gradient through them (csrc/relation/feature.h).");
 
   m.def(
       "plackett_luce",

@@ -21,6 +21,8 @@ if not isinstance(_simt, str):
     graph_nodes_bwd = _simt.graph_nodes_bwd
     assignment = _simt.assignment
     relation_rows = _simt.relation_rows
+    feature_rows = _simt.feature_rows
+    feature_columns = _simt.feature_columns
     plackett_luce = _simt.plackett_luce
     set_order = _simt.set_order
     sinkhorn_workspace = _simt.sinkhorn_workspace
