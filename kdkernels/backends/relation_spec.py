@@ -44,6 +44,9 @@ class RelationSpec(NamedTuple):
 VALUE, COUNT, SCALE_S, SCALE_T, WEIGHT_S, WEIGHT_T, SUM_S, SUM_T, POSITIVE_S, POSITIVE_T = range(10)
 ROW = 10
 
+# The widest tokens that the tile kernels of the softmax kinds take.
+WIDEST = 256
+
 NORM_FLOOR = 1e-12
 SQUARED_FLOOR = 1e-12
 PKT_EPSILON = 1e-7

@@ -7,13 +7,14 @@ are as deterministic as torch's matrix products.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import relation_spec as R
-from ..backends.registry import pick
+from ..backends.registry import pick, pick_any, settings
 from ..backends.relation_spec import RelationSpec
 from .common import empty
 
@@ -55,6 +56,25 @@ def chunk_shape(graphs: int, rows: int, columns: int, device: str) -> tuple[int,
     if height < rows:
         return 1, height
     return max(1, min(graphs, entries // max(rows * columns, 1))), height
+
+
+def kernels_for(kind: str, q_s: Tensor, q_t: Tensor | None) -> ModuleType | None:
+    """The backend whose kernels serve this relation; None: the dense torch reference does.
+
+    Raises:
+        RuntimeError, ValueError: the backend that was asked for does not serve it.
+    """
+    streamed = kind in R.SOFTMAX_KINDS or kind == "log_sum_exp"
+    families = ("relation", "softmax_relation") if streamed else ("relation",)
+    backend = pick_any(families, q_s.device.type)
+    if hasattr(backend, "relation_rows"):
+        return backend
+    if not hasattr(backend, "softmax_relation"):
+        return None
+    width = max(q_s.shape[-1], 0 if q_t is None else q_t.shape[-1])
+    if settings().backend is None and (width > R.WIDEST or q_s.dtype != torch.float32):
+        return None
+    return backend
 
 
 class _Side:
@@ -236,6 +256,11 @@ def stream(
     need_s, need_t = bool(spec.need_student), bool(spec.need_teacher)
     graphs, rows = q_s.shape[:2]
     columns = rows if k_s is None else k_s.shape[1]
+    backend = kernels_for(kind, q_s, q_t)
+    if not hasattr(backend, "relation_rows"):
+        return _tiles(
+            backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight
+        )
     if kind == "angle":
         return _angle(q_s, q_t, spec, selection, row_weight)
     if kind == "distance":
@@ -273,6 +298,43 @@ def stream(
         None if teacher is None or teacher.itself else teacher.dk,
         pairs,
     )
+
+
+def _tiles(
+    backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight
+) -> Streamed:
+    """The softmax kinds by a kernel that makes and uses up the maps in tiles."""
+    need_s, need_t = bool(spec.need_student), bool(spec.need_teacher) and q_t is not None
+    report = empty((*q_s.shape[:2], R.ROW), torch.float64, q_s.device)
+    sides = [None if x is None else x.contiguous() for x in (q_s, k_s, q_t, k_t)]
+    keys = (sides[0] if k_s is None else sides[1], sides[2] if k_t is None else sides[3])
+    gradients = [
+        empty(tuple(x.shape), x.dtype, x.device) if need else None
+        for x, need in (
+            (sides[0], need_s),
+            (keys[0], need_s),
+            (sides[2], need_t),
+            (keys[1], need_t),
+        )
+    ]
+    backend.softmax_relation(
+        sides[0],
+        keys[0],
+        sides[2],
+        keys[1],
+        scale_s,
+        scale_t,
+        tuple(selection),
+        row_weight,
+        report,
+        tuple(gradients),
+        spec._replace(kind=float(R.CODES[kind])),
+    )
+    for queries, other in ((0, k_s), (2, k_t)):
+        if other is None and gradients[queries] is not None:
+            gradients[queries] += gradients[queries + 1]
+            gradients[queries + 1] = None
+    return Streamed(report, *gradients, None)
 
 
 def _squared_norms(q_s, k_s, q_t, k_t) -> Tensor:
