@@ -161,9 +161,10 @@ def test_autograd_compile_and_functorch(kernel_backend):
     torch.testing.assert_close(torch.func.grad(total)(s), first)
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.func.vmap(lambda s: kd.feature(s, t[0]))(s)
-    torch._dynamo.reset()
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], first)
+    if kernel_backend.name == "cpu":
+        torch._dynamo.reset()
+        compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=True)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], first)
     arguments = (x.view(6, 9), t.view(6, 9), None, None, "huber", "layer_norm", 1, 0.5, 0.0, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.kdkernels.feature, arguments, test_utils=checks)

@@ -13,7 +13,9 @@ from kdkernels.ops import relation_stream
 
 FAMILY = "relation"
 
-COMPILED = ["softmax_kl", "softmax_reverse_kl", "margin_l1", "mse", "distance", "angle"]
+# One kind for each way through the Python above the operator: rows, cosines, the closed form, two
+# walks, vertices. What is compiled does not depend on the backend, so one of them takes them all.
+COMPILED = ["softmax_kl", "margin_l1", "mse", "distance", "angle"]
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("l1", "margin_l1")])
@@ -58,6 +60,8 @@ def test_functorch(kernel_backend):
 
 @pytest.mark.parametrize("kind", COMPILED)
 def test_compile(kernel_backend, kind):
+    if kernel_backend.name != "cpu" and kind != "softmax_kl":
+        pytest.skip("the operator of another backend is the same to the compiler")
     torch._dynamo.reset()
     student, teacher = (tokens(2, 9, 4, device=kernel_backend.device) for _ in range(2))
     scale = torch.tensor(0.7, device=kernel_backend.device, requires_grad=True)
