@@ -5,6 +5,7 @@
 #include "relation/feature.h"
 #include "relation/plackett_luce.h"
 #include "relation/relation.h"
+#include "relation/softmax_relation.h"
 #include "view_caster.h"
 
 namespace kd::binding {
@@ -90,6 +91,41 @@ void bind_relation(py::module_& m) {
       },
       "Row values of a chunk of two relation maps; the products become gradients in place "
       "(csrc/relation/relation.h).");
+
+#if defined(KDK_BUILD_SIMT) || defined(KDK_WITH_CUDA)
+  m.def(
+      "softmax_relation",
+      [](py::object q_s, View k_s, View q_t, View k_t, View student_scale, View teacher_scale,
+         View row_mask, View column_mask, View pair_mask, View pair_index, View row_block,
+         View column_block, View row_weight, View rows, View statistics, View dq_s, View dk_s,
+         View dq_t, View dk_t, const py::tuple& spec) {
+        SoftmaxRelationArgs args;
+        args.q_s = view_from(q_s.ptr());
+        args.map.stream = current_stream(q_s.ptr(), args.q_s);
+        args.k_s = k_s;
+        args.q_t = q_t;
+        args.k_t = k_t;
+        args.map.student_scale = student_scale;
+        args.map.teacher_scale = teacher_scale;
+        args.map.row_mask = row_mask;
+        args.map.column_mask = column_mask;
+        args.map.pair_mask = pair_mask;
+        args.map.pair_index = pair_index;
+        args.map.row_block = row_block;
+        args.map.column_block = column_block;
+        args.map.row_weight = row_weight;
+        args.map.rows = rows;
+        args.map.spec = relation_spec_from(spec);
+        args.statistics = statistics;
+        args.dq_s = dq_s;
+        args.dk_s = dk_s;
+        args.dq_t = dq_t;
+        args.dk_t = dk_t;
+        py::gil_scoped_release release;
+        cuda::softmax_relation(args);
+      },
+      "A softmax relation of half tokens in tiles (csrc/relation/softmax_relation.h).");
+#endif
 
   m.def(
       "feature_rows",

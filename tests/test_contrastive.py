@@ -60,9 +60,9 @@ def test_large_info_nce_without_its_map():
     logits = (q.double() @ k.double().T) / 0.07
     expected = F.cross_entropy(logits, torch.arange(4096))
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    p = logits.softmax(-1) - torch.eye(4096)
+    p = logits[:64].softmax(-1) - torch.eye(64, 4096)
     gradient = (p @ k.double()) / 0.07 / 4096
-    assert float((x.grad - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max())
+    assert float((x.grad[:64] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max())
 
 
 def test_positives_of_every_form(backend):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends.relation_spec import RelationSpec
 from ..ops import relation as ops
 from .checks import check_floats, check_number, same_device
-from .relation_inputs import Graphs, selection_of
+from .relation_inputs import Graphs, half_code, selection_of
 
 # Entries of a soft or boolean target that are converted at a time.
 _ENTRIES = 1 << 20
@@ -83,6 +83,7 @@ def contrastive(
     Returns:
         float32 (float64 for float64 inputs).
     """
+    half = half_code(query, key, queue, target if isinstance(target, (tuple, list)) else None)
     query, key, queue = _check(query, key, queue, reduction)
     rows = query.shape[0]
     if isinstance(row_offset, bool) or not isinstance(row_offset, int):
@@ -115,7 +116,9 @@ def contrastive(
     keys = key if queue is None else torch.cat([key, queue])
     scale = _scale(scale, query)
     row_mask, selection = _selection(mask, query, keys)
-    spec = RelationSpec(exclude_diagonal=float(exclude_diagonal), diagonal=float(row_offset))
+    spec = RelationSpec(
+        exclude_diagonal=float(exclude_diagonal), diagonal=float(row_offset), half=half
+    )
 
     def log_sum_exp() -> Tensor:
         found = ops.relation(

@@ -18,6 +18,7 @@ from .relation_inputs import (
     Graphs,
     block_ids,
     graphs_of,
+    half_code,
     normalised,
     selection_of,
     without_masked,
@@ -140,6 +141,7 @@ def relation(
         clamped=float(clamp is not None),
         clamp=clamp or 0.0,
         label_mix=label_mix,
+        half=half_code(student, teacher) if similarity == "dot" else 0.0,
     )
     whole = product and not (causal or exclude_diagonal or block is not None)
     if kind in ("angle", "cka") and not whole:

@@ -71,10 +71,25 @@ def kernels_for(kind: str, q_s: Tensor, q_t: Tensor | None) -> ModuleType | None
         return backend
     if not hasattr(backend, "softmax_relation"):
         return None
-    width = max(q_s.shape[-1], 0 if q_t is None else q_t.shape[-1])
-    if settings().backend is None and (width > R.WIDEST or q_s.dtype != torch.float32):
-        return None
-    return backend
+    fits = _widest(q_s, q_t) <= R.WIDEST and q_s.dtype == torch.float32
+    return backend if fits or settings().backend is not None else None
+
+
+def _widest(q_s: Tensor, q_t: Tensor | None) -> int:
+    return max(q_s.shape[-1], 0 if q_t is None else q_t.shape[-1])
+
+
+def _takes_tiles(backend, kind: str, q_s: Tensor, q_t: Tensor | None, spec) -> bool:
+    """Whether the tile kernel serves: the only one there is, or half tokens on tensor cores."""
+    if not hasattr(backend, "softmax_relation"):
+        return False
+    if not hasattr(backend, "relation_rows"):
+        return True
+    streamed = kind in R.SOFTMAX_KINDS or kind == "log_sum_exp"
+    if not (streamed and spec.half and q_s.dtype == torch.float32):
+        return False
+    capable = q_s.device.type != "cuda" or torch.cuda.get_device_capability(q_s.device) >= (8, 0)
+    return capable and _widest(q_s, q_t) <= R.WIDEST and 0 < q_s.shape[0] <= 65535
 
 
 class _Side:
@@ -257,7 +272,7 @@ def stream(
     graphs, rows = q_s.shape[:2]
     columns = rows if k_s is None else k_s.shape[1]
     backend = kernels_for(kind, q_s, q_t)
-    if not hasattr(backend, "relation_rows"):
+    if pair_weight is None and not want_pairs and _takes_tiles(backend, kind, q_s, q_t, spec):
         return _tiles(
             backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight
         )
@@ -305,31 +320,35 @@ def _tiles(
 ) -> Streamed:
     """The softmax kinds by a kernel that makes and uses up the maps in tiles."""
     need_s, need_t = bool(spec.need_student), bool(spec.need_teacher) and q_t is not None
-    report = empty((*q_s.shape[:2], R.ROW), torch.float64, q_s.device)
-    sides = [None if x is None else x.contiguous() for x in (q_s, k_s, q_t, k_t)]
-    keys = (sides[0] if k_s is None else sides[1], sides[2] if k_t is None else sides[3])
+    graphs, rows = q_s.shape[:2]
+    columns = rows if k_s is None else k_s.shape[1]
+    own = (q_s, q_s if k_s is None else k_s, q_t, q_t if k_t is None else k_t)
     gradients = [
-        empty(tuple(x.shape), x.dtype, x.device) if need else None
-        for x, need in (
-            (sides[0], need_s),
-            (keys[0], need_s),
-            (sides[2], need_t),
-            (keys[1], need_t),
-        )
+        empty(tuple(x.shape), torch.float32, x.device) if need else None
+        for x, need in zip(own, (need_s, need_s, need_t, need_t))
     ]
-    backend.softmax_relation(
-        sides[0],
-        keys[0],
-        sides[2],
-        keys[1],
-        scale_s,
-        scale_t,
-        tuple(selection),
-        row_weight,
-        report,
-        tuple(gradients),
-        spec._replace(kind=float(R.CODES[kind])),
-    )
+    report = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
+    if graphs * rows == 0 or columns == 0:
+        for x in (report, *gradients):
+            if x is not None:
+                x.zero_()
+    else:
+        # The numbers of half tokens are the same in their own dtype; Triton's kernel takes float32.
+        half = R.HALVES[int(spec.half)] if hasattr(backend, "relation_rows") else torch.float32
+        statistics = empty((graphs, rows, R.STATISTICS), torch.float32, q_s.device)
+        if q_s.dtype == torch.float32:
+            own = tuple(None if x is None else x.to(half).contiguous() for x in own)
+        backend.softmax_relation(
+            *own,
+            scale_s,
+            scale_t,
+            *selection,
+            row_weight,
+            report,
+            statistics,
+            *gradients,
+            spec._replace(kind=float(R.CODES[kind])),
+        )
     for queries, other in ((0, k_s), (2, k_t)):
         if other is None and gradients[queries] is not None:
             gradients[queries] += gradients[queries + 1]

@@ -21,7 +21,7 @@ from .. import relation_spec as R
 from ..relation_spec import RelationSpec
 
 # Statistics of a row, float32.
-_STATS = 9
+_STATS = R.STATISTICS
 (_TOP_S, _INVERSE_S, _TOP_T, _INVERSE_T, _LSE_S, _SHIFT, _MEAN_S, _MEAN_T, _MIX) = range(_STATS)
 TOP_S, INVERSE_S = tl.constexpr(_TOP_S), tl.constexpr(_INVERSE_S)
 TOP_T, INVERSE_T = tl.constexpr(_TOP_T), tl.constexpr(_INVERSE_T)
@@ -36,16 +36,32 @@ CROSS_ENTROPY = tl.constexpr(R.CODES["softmax_cross_entropy"])
 REVERSE_KL = tl.constexpr(R.CODES["softmax_reverse_kl"])
 MSE = tl.constexpr(R.CODES["softmax_mse"])
 INFINITY = tl.constexpr(float("inf"))
-KINDS = (*R.SOFTMAX_KINDS, "log_sum_exp")
+# Tokens of a tile, columns of the tokens at a time, columns of a gradient: what sm_90 holds
+# in registers without spills. Run times are not measured yet.
+_HERE, _THERE, _SLICE, _OUT, _WARPS = 64, 32, 32, 64, 8
 
 
 @triton.jit
-def _tokens(pointer, h, at, count, width, D: tl.constexpr):
-    """(block, D) tokens of graph h; 0 past the last token and the last column."""
-    columns = tl.arange(0, D)
+def _tokens(pointer, h, at, count, width, first, WIDE: tl.constexpr):
+    """(block, WIDE) columns from `first` of tokens of graph h; 0 past the last ones."""
+    columns = first + tl.arange(0, WIDE)
     inside = (at[:, None] < count) & (columns[None, :] < width)
     offset = (h * count + at[:, None]) * width + columns[None, :]
     return tl.load(pointer + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _products(
+    left, right, h, i, rows, j, columns, width, M: tl.constexpr, N: tl.constexpr,
+    SLICE: tl.constexpr,
+):  # fmt: skip
+    """(M, N) inner products of the tokens i of `left` and j of `right`, a slice at a time."""
+    out = tl.zeros((M, N), tl.float32)
+    for first in range(0, width, SLICE):
+        a = _tokens(left, h, i, rows, width, first, SLICE)
+        b = _tokens(right, h, j, columns, width, first, SLICE)
+        out += tl.dot(a, tl.trans(b), input_precision="tf32x3")
+    return out
 
 
 @triton.jit
@@ -122,16 +138,14 @@ def _forward_kernel(
     column_block, stats, report, rows, columns, width_s, width_t, diagonal, clamp, label_mix,
     KIND: tl.constexpr, TEACHER: tl.constexpr, CAUSAL: tl.constexpr, OFF: tl.constexpr,
     BLOCKS: tl.constexpr, CLAMPED: tl.constexpr, LABELLED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Statistics and values of a block of rows. Programs: (blocks of rows, graphs)."""
     h = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c_s = tl.load(scale_s)
-    own_s = _tokens(q_s, h, i, rows, width_s, D_S)
     if TEACHER:
         c_t = tl.load(scale_t)
-        own_t = _tokens(q_t, h, i, rows, width_t, D_T)
     top_s = tl.full((BLOCK_M,), -INFINITY, tl.float32)
     top_t = tl.full((BLOCK_M,), -INFINITY, tl.float32)
     sum_s = tl.zeros((BLOCK_M,), tl.float32)
@@ -142,18 +156,16 @@ def _forward_kernel(
         on = _selected(h, i, j, rows, columns, row_mask, column_mask, pair_mask, pair_index,
                        row_block, column_block, diagonal, CAUSAL, OFF, BLOCKS)  # fmt: skip
         count += tl.sum(on.to(tl.float32), 1)
-        other = _tokens(k_s, h, j, columns, width_s, D_S)
-        a_s = _bounded(tl.dot(own_s, tl.trans(other), input_precision="tf32x3"), c_s, clamp,
-                       CLAMPED)  # fmt: skip
+        a_s = _products(q_s, k_s, h, i, rows, j, columns, width_s, BLOCK_M, BLOCK_N, SLICE)
+        a_s = _bounded(a_s, c_s, clamp, CLAMPED)
         new = tl.maximum(top_s, tl.max(tl.where(on, a_s, -INFINITY), 1))
         base = tl.where(new == -INFINITY, 0.0, new)
         sum_s = sum_s * tl.exp(top_s - base)
         sum_s += tl.sum(tl.where(on, tl.exp(a_s - base[:, None]), 0.0), 1)
         top_s = new
         if TEACHER:
-            other = _tokens(k_t, h, j, columns, width_t, D_T)
-            a_t = _bounded(tl.dot(own_t, tl.trans(other), input_precision="tf32x3"), c_t, clamp,
-                           CLAMPED)  # fmt: skip
+            a_t = _products(q_t, k_t, h, i, rows, j, columns, width_t, BLOCK_M, BLOCK_N, SLICE)
+            a_t = _bounded(a_t, c_t, clamp, CLAMPED)
             new = tl.maximum(top_t, tl.max(tl.where(on, a_t, -INFINITY), 1))
             base = tl.where(new == -INFINITY, 0.0, new)
             sum_t = sum_t * tl.exp(top_t - base)
@@ -178,12 +190,10 @@ def _forward_kernel(
             j = start + tl.arange(0, BLOCK_N)
             on = _selected(h, i, j, rows, columns, row_mask, column_mask, pair_mask, pair_index,
                            row_block, column_block, diagonal, CAUSAL, OFF, BLOCKS)  # fmt: skip
-            other = _tokens(k_s, h, j, columns, width_s, D_S)
-            a_s = _bounded(tl.dot(own_s, tl.trans(other), input_precision="tf32x3"), c_s, clamp,
-                           CLAMPED)  # fmt: skip
-            other = _tokens(k_t, h, j, columns, width_t, D_T)
-            a_t = _bounded(tl.dot(own_t, tl.trans(other), input_precision="tf32x3"), c_t, clamp,
-                           CLAMPED)  # fmt: skip
+            a_s = _products(q_s, k_s, h, i, rows, j, columns, width_s, BLOCK_M, BLOCK_N, SLICE)
+            a_s = _bounded(a_s, c_s, clamp, CLAMPED)
+            a_t = _products(q_t, k_t, h, i, rows, j, columns, width_t, BLOCK_M, BLOCK_N, SLICE)
+            a_t = _bounded(a_t, c_t, clamp, CLAMPED)
             q = tl.where(on, tl.exp(a_s - top_s[:, None]), 0.0) * inverse_s[:, None]
             p = tl.where(on, tl.exp(a_t - top_t[:, None]), 0.0) * inverse_t[:, None]
             term, one, two = _terms(p, q, a_s, a_t, lse_s[:, None], shift[:, None], KIND)
@@ -258,77 +268,73 @@ def _slopes(
 @triton.jit
 def _backward_kernel(
     q_s, k_s, q_t, k_t, scale_s, scale_t, row_mask, column_mask, pair_mask, pair_index, row_block,
-    column_block, row_weight, stats, report, grad_s, grad_t, rows, columns, width_s, width_t,
-    diagonal, clamp,
-    OF_ROWS: tl.constexpr, KIND: tl.constexpr, TEACHER: tl.constexpr, CAUSAL: tl.constexpr,
-    OFF: tl.constexpr, BLOCKS: tl.constexpr, CLAMPED: tl.constexpr, LABELLED: tl.constexpr,
-    HERE: tl.constexpr, THERE: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
+    column_block, row_weight, stats, report, gradient, rows, columns, width_s, width_t, diagonal,
+    clamp,
+    OF_ROWS: tl.constexpr, OF_TEACHER: tl.constexpr, KIND: tl.constexpr, TEACHER: tl.constexpr,
+    CAUSAL: tl.constexpr, OFF: tl.constexpr, BLOCKS: tl.constexpr, CLAMPED: tl.constexpr,
+    LABELLED: tl.constexpr, HERE: tl.constexpr, THERE: tl.constexpr, SLICE: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries of a block of rows (and sums for the scales), or of the keys of a
-    block of columns. Programs: (blocks, graphs)."""
+    """Gradients of one side: of the queries of a block of rows (and the sums for the scale), or of
+    the keys of a block of columns. Programs: (blocks, graphs, slices of OUT columns of tokens)."""
     h = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(2) * OUT
     c_s = tl.load(scale_s)
     c_t = c_s
     if TEACHER:
         c_t = tl.load(scale_t)
     at = tl.program_id(0) * HERE + tl.arange(0, HERE)
-    of_kept = rows if OF_ROWS else columns
-    of_other = columns if OF_ROWS else rows
-    here_s = _tokens(q_s if OF_ROWS else k_s, h, at, of_kept, width_s, D_S)
-    out_s = tl.zeros((HERE, D_S), tl.float32)
-    out_t = tl.zeros((HERE, D_T), tl.float32)
-    sum_s = tl.zeros((HERE,), tl.float32)
-    sum_t = tl.zeros((HERE,), tl.float32)
-    if TEACHER:
-        here_t = _tokens(q_t if OF_ROWS else k_t, h, at, of_kept, width_t, D_T)
-    for start in range(0, of_other, THERE):
+    of_here = rows if OF_ROWS else columns
+    of_there = columns if OF_ROWS else rows
+    if OF_TEACHER:
+        own_tokens = k_t if OF_ROWS else q_t
+        width, scale = width_t, c_t
+    else:
+        own_tokens = k_s if OF_ROWS else q_s
+        width, scale = width_s, c_s
+    out = tl.zeros((HERE, OUT), tl.float32)
+    total = tl.zeros((HERE,), tl.float32)
+    for start in range(0, of_there, THERE):
         to = start + tl.arange(0, THERE)
-        i = at if OF_ROWS else to
-        j = to if OF_ROWS else at
-        on = _selected(h, i, j, rows, columns, row_mask, column_mask, pair_mask, pair_index,
-                       row_block, column_block, diagonal, CAUSAL, OFF, BLOCKS)  # fmt: skip
-        there_s = _tokens(k_s if OF_ROWS else q_s, h, to, of_other, width_s, D_S)
         if OF_ROWS:
-            product_s = tl.dot(here_s, tl.trans(there_s), input_precision="tf32x3")
+            i, j = at, to
+            product_s = _products(q_s, k_s, h, i, rows, j, columns, width_s, HERE, THERE, SLICE)
         else:
-            product_s = tl.dot(there_s, tl.trans(here_s), input_precision="tf32x3")
+            i, j = to, at
+            product_s = _products(q_s, k_s, h, i, rows, j, columns, width_s, THERE, HERE, SLICE)
         product_t = product_s
         if TEACHER:
-            there_t = _tokens(k_t if OF_ROWS else q_t, h, to, of_other, width_t, D_T)
             if OF_ROWS:
-                product_t = tl.dot(here_t, tl.trans(there_t), input_precision="tf32x3")
+                product_t = _products(q_t, k_t, h, i, rows, j, columns, width_t, HERE, THERE, SLICE)
             else:
-                product_t = tl.dot(there_t, tl.trans(here_t), input_precision="tf32x3")
+                product_t = _products(q_t, k_t, h, i, rows, j, columns, width_t, THERE, HERE, SLICE)
+        on = _selected(h, i, j, rows, columns, row_mask, column_mask, pair_mask, pair_index,
+                       row_block, column_block, diagonal, CAUSAL, OFF, BLOCKS)  # fmt: skip
         own = on & (j[None, :] == i[:, None] + diagonal)
         row = stats + (h * rows + i) * STATS
         g_s, g_t = _slopes(product_s, product_t, on, own, c_s, c_t, clamp, row, i < rows, KIND,
                            TEACHER, CLAMPED, LABELLED)  # fmt: skip
+        g, product = g_s, product_s
+        if OF_TEACHER:
+            g, product = g_t, product_t
         if OF_ROWS:
             # Without the rows' weights, which the caller applies where it adds the rows.
-            sum_s += tl.sum(g_s * product_s, 1)
-            sum_t += tl.sum(g_t * product_t, 1)
+            total += tl.sum(g * product, 1)
         if row_weight is not None:
-            weight = tl.load(row_weight + h * rows + i, mask=i < rows, other=0.0)[:, None]
-            g_s, g_t = g_s * weight, g_t * weight
-        if grad_s is not None:
-            g = g_s if OF_ROWS else tl.trans(g_s)
-            out_s += tl.dot(g, there_s, input_precision="tf32x3")
-        if grad_t is not None:
-            g = g_t if OF_ROWS else tl.trans(g_t)
-            out_t += tl.dot(g, there_t, input_precision="tf32x3")
-    inside = at < of_kept
-    if grad_s is not None:
-        columns_of = tl.arange(0, D_S)
-        offset = (h * of_kept + at[:, None]) * width_s + columns_of[None, :]
-        tl.store(grad_s + offset, c_s * out_s, mask=inside[:, None] & (columns_of < width_s)[None])
-    if grad_t is not None:
-        columns_of = tl.arange(0, D_T)
-        offset = (h * of_kept + at[:, None]) * width_t + columns_of[None, :]
-        tl.store(grad_t + offset, c_t * out_t, mask=inside[:, None] & (columns_of < width_t)[None])
+            g = g * tl.load(row_weight + h * rows + i, mask=i < rows, other=0.0)[:, None]
+        there = _tokens(own_tokens, h, to, of_there, width, first, OUT)
+        if OF_ROWS:
+            out += tl.dot(g, there, input_precision="tf32x3")
+        else:
+            out += tl.dot(tl.trans(g), there, input_precision="tf32x3")
+    inside = at < of_here
+    columns_of = first + tl.arange(0, OUT)
+    offset = (h * of_here + at[:, None]) * width + columns_of[None, :]
+    tl.store(gradient + offset, scale * out, mask=inside[:, None] & (columns_of < width)[None, :])
     if OF_ROWS:
-        row = report + (h * rows + at) * ROW
-        tl.store(row + SCALE_S, sum_s.to(tl.float64), mask=inside)
-        tl.store(row + SCALE_T, sum_t.to(tl.float64), mask=inside)
+        if first == 0:
+            where = report + (h * rows + at) * ROW + (SCALE_T if OF_TEACHER else SCALE_S)
+            tl.store(where, total.to(tl.float64), mask=inside)
 
 
 def _contiguous(selection) -> list[Tensor | None]:
@@ -349,27 +355,35 @@ def softmax_relation(
     k_t: Tensor | None,
     scale_s: Tensor,
     scale_t: Tensor | None,
-    selection: tuple,
+    row_mask: Tensor | None,
+    column_mask: Tensor | None,
+    pair_mask: Tensor | None,
+    pair_index: Tensor | None,
+    row_block: Tensor | None,
+    column_block: Tensor | None,
     row_weight: Tensor | None,
     report: Tensor,
-    gradients: tuple,
+    stats: Tensor,
+    dq_s: Tensor | None,
+    dk_s: Tensor | None,
+    dq_t: Tensor | None,
+    dk_t: Tensor | None,
     spec: RelationSpec,
 ) -> None:
-    """Fills the rows' report (H, N, ROW) and the gradients (q_s, k_s, q_t, k_t) that are not None.
+    """Fills the rows' report (H, N, ROW), the statistics (H, N, STATISTICS) and the gradients that
+    are not None, float32.
 
-    q (H, N, d), k (H, M, d) contiguous float32, d <= 256; scales () float32; selection: the six
-    tensors of ops.relation_stream.Selection; row_weight (H, N) multiplies the gradients.
+    q (H, N, d), k (H, M, d): contiguous, not empty, d <= 256; scales () float32; masks as in
+    ops.relation_stream.Selection; row_weight (H, N) multiplies the gradients.
     """
-    if q_s.dtype != torch.float32:
+    if q_s.dtype == torch.float64:
         raise TypeError(f"student: triton kernels take no {q_s.dtype}")
     graphs, rows, width_s = q_s.shape
     columns, teacher = k_s.shape[1], q_t is not None
     width_t = q_t.shape[2] if teacher else 1
     if max(width_s, width_t) > R.WIDEST:
         raise ValueError(f"student: triton kernels take widths up to {R.WIDEST}, got {width_s}")
-    block = 32 if max(width_s, width_t) > 128 else 64
-    pad_s, pad_t = (max(16, triton.next_power_of_2(d)) for d in (width_s, width_t))
-    stats = torch.empty((graphs, rows, _STATS), dtype=torch.float32, device=q_s.device)
+    selection = (row_mask, column_mask, pair_mask, pair_index, row_block, column_block)
     tensors = (q_s, k_s, q_t, k_t, scale_s, scale_t, *_contiguous(selection))
     shape = (rows, columns, width_s, width_t, int(spec.diagonal) + int(spec.first_row), spec.clamp)
     flags = dict(
@@ -380,37 +394,35 @@ def softmax_relation(
         BLOCKS=int(spec.block),
         CLAMPED=bool(spec.clamped),
         LABELLED=bool(spec.label_mix),
-        D_S=pad_s,
-        D_T=pad_t,
+        SLICE=_SLICE,
+        num_warps=_WARPS,
+        num_stages=1,
     )
-    if graphs * rows == 0 or graphs * columns == 0:
-        report.zero_()
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.zero_()
-        return
-    grid = (triton.cdiv(rows, block), graphs)
+    grid = (triton.cdiv(rows, _HERE), graphs)
     _forward_kernel[grid](
-        *tensors, stats, report, *shape, spec.label_mix, BLOCK_M=block, BLOCK_N=block, **flags
+        *tensors, stats, report, *shape, spec.label_mix, BLOCK_M=_HERE, BLOCK_N=_THERE, **flags
     )
-    for of_rows, grad_s, grad_t, count in (
-        (True, gradients[0], gradients[2], rows),
-        (False, gradients[1], gradients[3], columns),
+    weight = None if row_weight is None else row_weight.contiguous()
+    for gradient, of_rows, of_teacher in (
+        (dq_s, True, False),
+        (dk_s, False, False),
+        (dq_t, True, True),
+        (dk_t, False, True),
     ):
-        if grad_s is None and grad_t is None:
+        if gradient is None:
             continue
-        weight = None if row_weight is None else row_weight.contiguous()
-        grid = (triton.cdiv(count, block), graphs)
-        _backward_kernel[grid](
+        _, count, width = gradient.shape
+        _backward_kernel[triton.cdiv(count, _HERE), graphs, triton.cdiv(width, _OUT)](
             *tensors,
             weight,
             stats,
             report,
-            grad_s,
-            grad_t,
+            gradient,
             *shape,
             OF_ROWS=of_rows,
-            HERE=block,
-            THERE=block,
+            OF_TEACHER=of_teacher,
+            HERE=_HERE,
+            THERE=_THERE,
+            OUT=_OUT,
             **flags,
         )
