@@ -26,6 +26,7 @@ from .functional import (
     total_variation,
     transport,
 )
+from .inputs import TopK
 from .losses.registry import catalogue, loss
 
 try:
@@ -36,6 +37,7 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
 __all__ = [
     "LayerMatch",
     "Projector",
+    "TopK",
     "backends",
     "catalogue",
     "contrastive",

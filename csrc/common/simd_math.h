@@ -78,8 +78,7 @@ KD_LANES VecF log_edges(VecF x, VecF result) {
 
 KD_LANES VecF exp2(VecF x) {
 #if KDK_ISA_LEVEL == 2
-  const VecF n = detail::floor_any(x);  // infinities: x - n is NaN, which scale2 takes by n
-  return detail::scale2(detail::exp2_fraction(x - n), n);
+  return detail::exp2_by_table(x);
 #else
   x = min(VecF(128.0f), max(VecF(-127.0f), x));  // constants first: NaN passes
   const VecF n = detail::floor_small(x);

@@ -83,18 +83,20 @@ struct DivergenceSpec {
   double student_columns = 0, teacher_columns = 0;
 };
 
-#define KD_DIVERGENCE_SPEC_FIELDS(X)                                                              \
-  X(forward_kl)                                                                                   \
-  X(reverse_kl) X(cross_entropy) X(entropy) X(kind) X(other) X(first) X(second) X(detach_mixture) \
-      X(outer) X(student_temperature) X(teacher_temperature) X(temperature_squared)               \
-          X(label_weight) X(ignore_index) X(clip_token) X(reduction) X(normalize_weights)         \
-              X(num_items) X(batch) X(student_columns) X(teacher_columns)
+#define KD_DIVERGENCE_SPEC_FIELDS(X)                                                            \
+  X(forward_kl)                                                                                 \
+  X(reverse_kl)                                                                                 \
+  X(cross_entropy) X(entropy) X(kind) X(other) X(first) X(second) X(detach_mixture) X(outer)    \
+      X(student_temperature) X(teacher_temperature) X(temperature_squared) X(label_weight)      \
+          X(ignore_index) X(clip_token) X(reduction) X(normalize_weights) X(num_items) X(batch) \
+              X(student_columns) X(teacher_columns)
 
 // Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). The first four
 // are the business of the backend that wrote them: any reference near the row's maximum, in base 2
 // (cpu: u = z * log2(e) / tau_s, so q = 2^(u - max_s) / sum_s) or as a logit (cuda: q = 2^((z -
-// max_s) * log2(e) / tau_s) / sum_s), and the sum that goes with it (cuda: the teacher's as a
-// Quotient, divergence_rows.cuh). Backward runs where forward ran.
+// max_s) * log2(e) / tau_s) / sum_s), and the sum that goes with it; the teacher's as a
+// code of its quotient by the student's, because at small gaps the logarithm of the quotient needs
+// more digits than two rounded sums have. Backward runs where forward ran.
 enum Stat : int {
   kMaxS = 0,  // reference of the student's exponentials, finite
   kSumS = 1,  // their sum

@@ -70,12 +70,11 @@ struct Row {
     // A row without any possible entry has probabilities 0, not NaN.
     if (!(sum_s > 0)) sum_s = 1;
     if (!(sum_t > 0)) sum_t = 1;
-    const double lse_s = __builtin_log2(sum_s), lse_t = __builtin_log2(sum_t);
-    n.lse_s = static_cast<S>(lse_s);
-    n.lse_t = static_cast<S>(lse_t);
+    n.lse_s = static_cast<S>(__builtin_log2(sum_s));
+    n.lse_t = static_cast<S>(__builtin_log2(sum_t));
     n.inverse_s = static_cast<S>(1 / sum_s);
     n.inverse_t = static_cast<S>(1 / sum_t);
-    n.exact_gap = lse_t - lse_s;
+    n.exact_gap = kLog2E * __builtin_log1p((sum_t - sum_s) / sum_s);
     n.gap = static_cast<S>(n.exact_gap);
   }
 
@@ -90,6 +89,15 @@ struct Row {
     if (grad_t != nullptr) fill_row(grad_t, a.columns, c.teacher_width, compute_t<TT>(0));
   }
 };
+
+// t / s as one stored number that keeps its digits near 1, where its logarithm needs them, and far
+// below 1: less 1, or from 1/2 down the reciprocal, negated.
+double encoded_quotient(double t, double s) {
+  return 2 * t >= s ? (t - s) / s : -s / t;
+}
+double decoded_quotient(double code) {
+  return code >= -0.5 ? 1 + code : -1 / code;
+}
 
 // How a row is evaluated between its statistics and its gradient.
 enum class Way { kForward, kReverse, kLinear, kRatio, kLogRatio, kExact };
@@ -199,7 +207,7 @@ void gradients_from_logits(const DivergenceRows& c, Row<TS, TT>& r,
 }
 
 template <class TS, class TT>
-void forward_row(const DivergenceRows& c, int64_t index) {
+void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pending) {
   using S = compute_t<TS>;
   using V = Lanes<TS>;
   Row<TS, TT> r(c, index);
@@ -221,11 +229,14 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   const bool keep = fast && way != Way::kLinear && way != Way::kExact;
   S* const x = keep ? reinterpret_cast<S*>(scratch(bytes)) : nullptr;
   S* const y = keep ? x + offset : nullptr;
+  const auto nothing = [](int64_t) {};
+  const auto take_over = [pending](int64_t end) { pending->write_upto(end); };
   const RowSums<S> sums =
-      !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y)
-      : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y)
-      : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y)
-                              : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y);
+      !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y, nothing)
+      : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y, take_over)
+      : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y, take_over)
+                              : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y, take_over);
+  if (keep) pending->finish();
   // Of p and q only q and p / q are kept: not enough where q underflows beside a p that matters.
   const bool near =
       sums.top_gap - (__builtin_log2(sums.sum_t) - __builtin_log2(sums.sum_s)) < kLargestGap;
@@ -318,7 +329,7 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   r.stats[kMaxS] = r.z.max;
   r.stats[kSumS] = static_cast<S>(sum_s);
   r.stats[kMaxT] = r.a.max;
-  r.stats[kSumT] = static_cast<S>(sum_t);
+  r.stats[kSumT] = static_cast<S>(encoded_quotient(sum_t, sum_s));
   r.stats[kDivergence] = static_cast<S>(value.divergence);
   r.stats[kCentreS] = static_cast<S>(centre_s);
   r.stats[kCentreT] = static_cast<S>(centre_t);
@@ -367,8 +378,8 @@ void forward_row(const DivergenceRows& c, int64_t index) {
   from.cx = static_cast<S>(cx);
   from.cy = static_cast<S>(cy);
   from.cr = static_cast<S>(by_student * cr);
-  gradient_from_scratch(x, y, from, r.z, label, r.grad_s, c.fresh_gradient);
-  if (hot >= 0 && from.product) r.grad_s[hot] = cast<TS>(hot_gradient);
+  pending->start(x, y, from, r.z, label, r.grad_s, c.fresh_gradient);
+  if (hot >= 0 && from.product) pending->replace(hot, hot_gradient);
 }
 
 template <class TS, class TT>
@@ -381,7 +392,8 @@ void backward_row(const DivergenceRows& c, int64_t index) {
   if (kd::is_nan(r.stats[kValue])) return r.fill(c, static_cast<S>(__builtin_nan("")));
   r.z.max = r.stats[kMaxS];
   r.a.max = r.stats[kMaxT];
-  r.set_sums(r.stats[kSumS], r.stats[kSumT]);
+  const double sum_s = r.stats[kSumS];
+  r.set_sums(sum_s, decoded_quotient(r.stats[kSumT]) * sum_s);
   r.clear_padding(c);
   const double slope = r.stats[kSlope];
   GradientScale<S> scale;
@@ -399,13 +411,15 @@ void backward_row(const DivergenceRows& c, int64_t index) {
 
 template <class TS, class TT>
 void rows(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
+  PendingGradient<TS> pending;
   for (int64_t row = begin; row < end; ++row) {
     if (forward) {
-      forward_row<TS, TT>(c, row);
+      forward_row<TS, TT>(c, row, &pending);
     } else {
       backward_row<TS, TT>(c, row);
     }
   }
+  pending.finish();
 }
 
 template <class TS>
