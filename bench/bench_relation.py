@@ -31,18 +31,31 @@ def cases(settings: Settings) -> list[Case]:
     shape = (heads, tokens, width)
     video = (1, 3600 if not settings.quick else 150, 768 if not settings.quick else 32)
 
-    def case(name: str, shape: tuple[int, ...], setup: Callable, maps: tuple[int, int]) -> Case:
+    def case(
+        name: str,
+        shape: tuple[int, ...],
+        setup: Callable,
+        maps: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Case:
         # No byte count: the work is bound by its products. Memory is counted in maps of one side.
         return Case(
             name,
             shape=shape,
-            dtype=torch.float32,
+            dtype=dtype,
             setup=functools.partial(setup, shape, settings),
             unit_bytes=4 * maps[0] * maps[1],
         )
 
     return [
         case("relation softmax_kl loss+gradient", shape, softmax_kl, (heads * tokens, tokens)),
+        case(
+            "relation softmax_kl bfloat16 loss+gradient",
+            shape,
+            softmax_kl_half,
+            (heads * tokens, tokens),
+            torch.bfloat16,
+        ),
         case("relation margin_l1 loss+gradient", video, margin_l1, (video[1], video[1])),
         case("relation mse loss+gradient", (1, wide, 256), mse, (wide, wide)),
         case("relation gram_row_l2 loss+gradient", (1, wide, 256), gram_row_l2, (wide, wide)),
@@ -74,7 +87,9 @@ def _variants(
     return found
 
 
-def softmax_kl(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+def softmax_kl(
+    shape: tuple[int, ...], settings: Settings, dtype: torch.dtype = torch.float32
+) -> list[Variant]:
     """MiniLM: KL of softmax(X X^T / sqrt d)."""
 
     def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -82,8 +97,14 @@ def softmax_kl(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         log_q, log_p = (m.log_softmax(-1) for m in maps)
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
 
-    student, teacher = make_tokens(shape, settings.device)
+    student, teacher = (x.detach().to(dtype) for x in make_tokens(shape, settings.device))
+    student.requires_grad_()
     return _variants(kd.relation, eager, student, teacher, settings.quick)
+
+
+def softmax_kl_half(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """The same of bfloat16 tokens."""
+    return softmax_kl(shape, settings, torch.bfloat16)
 
 
 def margin_l1(shape: tuple[int, ...], settings: Settings) -> list[Variant]:

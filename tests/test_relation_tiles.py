@@ -75,6 +75,14 @@ def test_shapes(kernel_backend, calls):
     assert len(calls) == 3
 
 
+def test_scale_of_zero(kernel_backend, calls):
+    """A map of zeros still has a slope by its scale."""
+    student, teacher = sides(kernel_backend, (1, 12, 8), (1, 12, 8))
+    zero = torch.tensor(0.0, device=kernel_backend.device)
+    assert_same(student, teacher, "softmax_kl", student_scale=zero, gradient=1e-4)
+    assert calls
+
+
 def test_what_goes_elsewhere(kernel_backend, calls):
     """Wide tokens, cosines and float32 take the chunks."""
     for width, dtype, options in (

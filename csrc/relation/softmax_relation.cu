@@ -291,7 +291,8 @@ __global__ void __launch_bounds__(kThreads, 2) softmax_forward_kernel(SoftmaxCal
 
 // ---- backward ----------------------------------------------------------------------------------
 
-// d row value / d product of entry (i, j), scaled but not weighted; the row's statistics at `row`.
+// d row value / d a of entry (i, j) of the wanted side, not weighted; the row's statistics at
+// `row`.
 template <Kind kKind, class T>
 KD_DEVICE float slope(const SoftmaxCall<T>& call, const float* row, float product_s,
                       float product_t, float scale_s, float scale_t, bool own) {
@@ -312,7 +313,7 @@ KD_DEVICE float slope(const SoftmaxCall<T>& call, const float* row, float produc
     const float bound = static_cast<float>(call.map.clamp);
     gs = as > bound ? gs : 0.0f, gt = at > bound ? gt : 0.0f;
   }
-  return call.of_teacher ? gt * scale_t : gs * scale_s;
+  return call.of_teacher ? gt : gs;
 }
 
 // Blocks: 64 tokens (x) of graph y, 128 columns of their gradient (z). kOfRows: the queries', and
@@ -372,6 +373,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax_backward_kernel(SoftmaxCa
             sums[i / 2] += static_cast<double>(value) *
                            static_cast<double>(call.of_teacher ? product_t : product_s);
           }
+          value *= call.of_teacher ? scale_t : scale_s;
           if (call.map.row_weight) {
             value *=
                 static_cast<const float*>(call.map.row_weight)[h * call.map.row_weight_stride[0] +
@@ -415,11 +417,8 @@ __global__ void __launch_bounds__(kThreads, 2) softmax_backward_kernel(SoftmaxCa
       const double sum = warp_sum<4>(sums[r]);
       const int64_t row = first + warp * 16 + g + 8 * r;
       if (t == 0 && row < call.rows && blockIdx.z == 0) {
-        // Of the scale: sum g product, where `sum` holds scale g product.
-        const float scale = call.of_teacher ? scale_t : scale_s;
         call.map.rows[(h * call.rows + row) * kRelationRow +
-                      (call.of_teacher ? kRowScaleT : kRowScaleS)] =
-            scale != 0.0f ? sum / static_cast<double>(scale) : 0.0;
+                      (call.of_teacher ? kRowScaleT : kRowScaleS)] = sum;
       }
     }
   }
