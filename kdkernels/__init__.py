@@ -30,7 +30,7 @@ from .functional import (
     total_variation,
     transport,
 )
-from .inputs import TopK
+from .inputs import STUDENT, Clip, LogitMix, Mapped, ProbMix, TopK
 from .losses.registry import catalogue, loss
 
 try:
@@ -39,7 +39,12 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
     __version__ = "0+source"
 
 __all__ = [
+    "STUDENT",
+    "Clip",
     "LayerMatch",
+    "LogitMix",
+    "Mapped",
+    "ProbMix",
     "Projector",
     "TokenStats",
     "TopK",

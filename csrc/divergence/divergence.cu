@@ -229,7 +229,8 @@ void launch_row(const DivergenceArgs& args, bool forward) {
                         shape_of(args)};
   switch (group_of(static_cast<Kind>(static_cast<int>(spec.kind)))) {
     case DivergenceGroup::kLinear:
-      if (spec.reverse_kl == 0 && spec.cross_entropy == 0 && spec.entropy == 0) {
+      if (spec.reverse_kl == 0 && spec.cross_entropy == 0 && spec.entropy == 0 &&
+          spec.clip_element == 0) {
         return launch_rows<Variant::kForward, F>(params, forward, info);
       }
       return launch_rows<Variant::kLinear, F>(params, forward, info);

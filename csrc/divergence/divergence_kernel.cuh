@@ -168,6 +168,7 @@ KD_DEVICE bool one_pass_terms(const Statistics<kVariant, F>& sums, const RowSoft
   if constexpr (kVariant != Variant::kForward && kVariant != Variant::kLinear) {
     return false;
   } else {
+    if (kind.clip_element > F(0)) return false;
     bool reliable = true;
     const auto add = [&](F coefficient, F x, F y, F& centre) {
       if (coefficient == F(0)) return;
@@ -222,7 +223,7 @@ KD_DEVICE RowKind<F> kind_of(const RowParams<F>& params, int64_t row) {
   RowKind<F> kind = params.kind;
   if constexpr (kVariant == Variant::kForward) {
     // Literal zeros, so that the compiler drops the other three.
-    kind.reverse_kl = kind.cross_entropy = kind.entropy = F(0);
+    kind.reverse_kl = kind.cross_entropy = kind.entropy = kind.clip_element = F(0);
   } else if constexpr (kVariant != Variant::kLinear) {
     if (params.kind_per_row)
       kind = row_kind(params.spec, params.first.at(row), params.second.at(row));
@@ -233,23 +234,28 @@ KD_DEVICE RowKind<F> kind_of(const RowParams<F>& params, int64_t row) {
 // D, its value and slope from the sums; sets the centres to 0 where there is no gradient.
 template <class F>
 KD_DEVICE RowValue<F> value_of(TermSums<F>& sums, const RowParams<F>& params, int64_t row,
-                               const RowFacts<F>& facts, const RowSoftmax<F>& softmax) {
+                               const RowFacts<F>& facts, const RowSoftmax<F>& softmax,
+                               const RowKind<F>& kind) {
   const F total = softmax.student.sum + softmax.teacher.sum;
   if (is_nan(total)) return {total, total, total};
   if (params.teacher.data && softmax.teacher.is_empty()) {
     sums = TermSums<F>();
     return {F(0), F(0), F(0)};
   }
-  // The logits hold no NaN, so one in the sums comes from inf - inf.
-  if (is_nan(sums.value) || !(abs(sums.student) < F(kInfinity))) {
+  // The logits hold no NaN, so one in the sums comes from inf - inf. Opposed exponents whose sum is
+  // not positive diverge where a probability is 0, whatever their derivatives do.
+  const bool opposed = kind.alpha + kind.beta <= F(0) && kind.beta != F(0);
+  if (is_nan(sums.value) || !(abs(sums.student) < F(kInfinity)) ||
+      (opposed && is_inf(sums.value))) {
     sums.student = sums.teacher = F(0);
     const F clip = static_cast<F>(params.spec.clip_token);
     F value = clip > F(0) ? clip : F(kInfinity);
     if (params.spec.temperature_squared != 0) value *= facts.student_tau * facts.student_tau;
     return {F(kInfinity), value, F(0)};
   }
-  RowValue<F> out = finish_row(sums.value, params.spec, params.first.at(row), facts.student_tau);
-  if (!(abs(out.slope) < F(kInfinity))) out.slope = F(0);
+  RowValue<F> out = finish_row(sums.value, params.spec, params.first.at(row), facts.student_tau,
+                               kind.overlap != F(0));
+  if (!(abs(out.slope) < F(1e37))) out.slope = F(0);
   return out;
 }
 
@@ -402,7 +408,7 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     return;
   }
 
-  const RowKind<F> kind = kind_of<kVariant>(params, row);
+  RowKind<F> kind = kind_of<kVariant>(params, row);
   const bool same = facts.same_temperature(), labelled = facts.labelled;
   const bool label_apart = labelled && facts.student_tau != F(1);
   const Origin<F> origin(pair);
@@ -418,7 +424,13 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   if (!one_pass_terms(statistics, softmax, origin, kind, sums)) {
     sums = row_terms<kVariant>(pair, softmax, kind, params.teacher.data != nullptr);
   }
-  const RowValue<F> result = value_of(sums, params, row, facts, softmax);
+  if constexpr (kVariant == Variant::kProbability || kVariant == Variant::kPower) {
+    if (hardly_overlaps(sums.value, kind, params.spec, params.first.at(row))) {
+      kind.overlap = F(1);
+      sums = row_terms<kVariant>(pair, softmax, kind, true);
+    }
+  }
+  const RowValue<F> result = value_of(sums, params, row, facts, softmax, kind);
   F value = result.value, lse = F(0);
   if (labelled) {
     const Softmax<F> at_one =
@@ -453,7 +465,10 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
   }
   if (is_nan(slope)) return fill_gradients(pair, params, row, F(NAN));
   const RowFacts<F> facts(params, row);
-  const RowKind<F> kind = kind_of<kVariant>(params, row);
+  RowKind<F> kind = kind_of<kVariant>(params, row);
+  if constexpr (kVariant == Variant::kProbability || kVariant == Variant::kPower) {
+    if (slope < F(0)) kind.overlap = F(1);
+  }
   const RowSums<F> row_sums{stats[kMaxS], stats[kSumS], stats[kMaxT], stats[kSumT]};
   const RowSoftmax<F> softmax(row_sums, facts.student_tau, facts.teacher_tau);
   TermSums<F> sums;

@@ -27,4 +27,6 @@ if not isinstance(_C, str):
     sorted_workspace = _C.sorted_workspace
     sorted_transport = _C.sorted_transport
     relation_rows = _C.relation_rows
+    feature_rows = _C.feature_rows
+    feature_columns = _C.feature_columns
     plackett_luce = _C.plackett_luce

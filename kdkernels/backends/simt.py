@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence", "transport", "relation", "gromov")
+FAMILIES = ("divergence", "transport", "relation", "softmax_relation", "gromov")
 _simt = extension("_simt")
 
 
@@ -24,6 +24,9 @@ if not isinstance(_simt, str):
     graph_nodes_bwd = _simt.graph_nodes_bwd
     assignment = _simt.assignment
     relation_rows = _simt.relation_rows
+    feature_rows = _simt.feature_rows
+    feature_columns = _simt.feature_columns
+    softmax_relation = _simt.softmax_relation
     plackett_luce = _simt.plackett_luce
     set_order = _simt.set_order
     sinkhorn_workspace = _simt.sinkhorn_workspace

@@ -23,6 +23,7 @@ from .contrast import (
     SupervisedContrastiveLoss,
 )
 from .cot2align import CoT2AlignLoss
+from .dskd import DSKDCMALoss, DSKDLoss
 from .feature_transport import FeatureTransportLoss
 from .features import (
     CATKDLoss,
@@ -44,6 +45,14 @@ from .features import (
 from .graph_on_logits import GraphOnLogitsLoss
 from .hidden_and_logits import DistilBERTLoss, FalconLoss, FSPADLoss, MinitronLoss
 from .minilm import MiniLMLoss, MiniLMv2Loss
+from .mixed_targets import (
+    LogitStandardizationLoss,
+    MEALV2Loss,
+    MFTLoss,
+    MultiTeacherLoss,
+    MutualLoss,
+    PSKDLoss,
+)
 from .multi_level_ot import MultiLevelOTLoss
 from .opta import OpTALoss
 from .policy import (
@@ -56,6 +65,7 @@ from .policy import (
     RLTFSDLoss,
     SDPOLoss,
 )
+from .privileged import AlignDistilLoss, OPSDLoss
 from .rank import (
     ADRMSELoss,
     BiAlignLoss,
@@ -73,6 +83,7 @@ from .rank import (
     ScoreMSELoss,
 )
 from .registry import CatalogueEntry, catalogue, loss, register
+from .restricted_rows import RandomSamplingKDLoss, SDFTLoss, SDZeroLoss, Text2TokenLoss
 from .row_divergences import (
     ABKDLoss,
     ContextDistillationLoss,
@@ -100,6 +111,7 @@ from .row_targets import (
 from .row_weights import AdaKDLoss, AdaSPECLoss, AKLLoss, BDKDLoss, DParallelLoss, TSDKDLoss
 from .similarity import AffinityLoss, CKALoss, ICKDLoss, PKTLoss, RKDLoss, SimilarityPreservingLoss
 from .sinkd import SinKDLoss
+from .taid import TAIDLoss
 from .token_relations import (
     CIRKDLoss,
     DINOv3GramLoss,
@@ -108,6 +120,7 @@ from .token_relations import (
 )
 from .trg import TRGLoss
 from .uld import ULDLoss
+from .unisd import UniSDLoss
 from .wkd import WKDFLoss, WKDLLoss
 
 __all__ = [
@@ -117,6 +130,7 @@ __all__ = [
     "AdaKDLoss",
     "AdaSPECLoss",
     "AffinityLoss",
+    "AlignDistilLoss",
     "AlignToDistillLoss",
     "AttentionLoss",
     "BDKDLoss",
@@ -142,6 +156,8 @@ __all__ = [
     "DKDLoss",
     "DPOLoss",
     "DParallelLoss",
+    "DSKDCMALoss",
+    "DSKDLoss",
     "DTKDLoss",
     "DeARLoss",
     "DiSCoLoss",
@@ -170,6 +186,9 @@ __all__ = [
     "LayerSelectionLoss",
     "ListNetLoss",
     "LogSigmoidCosineLoss",
+    "LogitStandardizationLoss",
+    "MEALV2Loss",
+    "MFTLoss",
     "MMDLoss",
     "MarginCosineLoss",
     "MarginMSELoss",
@@ -180,11 +199,15 @@ __all__ = [
     "MinitronLoss",
     "MomentumDistillationLoss",
     "MultiLevelOTLoss",
+    "MultiTeacherLoss",
+    "MutualLoss",
     "NormalizedMSELoss",
     "OFAKDLoss",
+    "OPSDLoss",
     "OpTALoss",
     "PKTLoss",
     "PLDLoss",
+    "PSKDLoss",
     "PairwiseHingeLoss",
     "PermutedTargetsLoss",
     "PiDistillLoss",
@@ -193,8 +216,11 @@ __all__ = [
     "REPALoss",
     "RKDLoss",
     "RLTFSDLoss",
+    "RandomSamplingKDLoss",
     "RankNetLoss",
+    "SDFTLoss",
     "SDPOLoss",
+    "SDZeroLoss",
     "ScoreBCELoss",
     "ScoreKLLoss",
     "ScoreMSELoss",
@@ -206,13 +232,16 @@ __all__ = [
     "StructuredPairwiseLoss",
     "SubclassKDLoss",
     "SupervisedContrastiveLoss",
+    "TAIDLoss",
     "TEDLoss",
     "TRGLoss",
     "TSDKDLoss",
+    "Text2TokenLoss",
     "TinyCLIPLoss",
     "TokenRelationDistillationLoss",
     "ULDLoss",
     "UNICLoss",
+    "UniSDLoss",
     "VkDLoss",
     "WKDFLoss",
     "WKDLLoss",
