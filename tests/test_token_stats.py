@@ -236,6 +236,19 @@ def test_return_stats_of_a_divergence(backend):
     assert torch.equal(stats.dot, alone.dot)
 
 
+def test_return_stats_beside_other_options():
+    student, teacher = torch.randn(2, 7, 3), torch.randn(2, 7, 3)
+    kind = (("total_variation", 0.5), ("jensen_shannon", 0.5))  # two passes
+    loss, stats = kd.divergence(student, teacher, kind, class_dim=1, return_stats=True)
+    assert_stats(stats, plain(student.mT, teacher.mT))
+    torch.testing.assert_close(loss, kd.divergence(student, teacher, kind, class_dim=1))
+    for options in ({"standardize": True}, {"teacher_bias": torch.zeros(3)}):
+        with pytest.raises(ValueError, match=f"return_stats: not with {next(iter(options))}"):
+            kd.divergence(student, teacher, return_stats=True, **options)
+    with pytest.raises(ValueError, match="return_stats: not with list"):
+        kd.divergence(student, [teacher, teacher], return_stats=True)
+
+
 # label_log_probs. -------------------------------------------------------------------------------
 
 

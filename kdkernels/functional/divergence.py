@@ -17,7 +17,7 @@ from ..ops import divergence as ops
 from ..ops.common import compute_dtype
 from .checks import check_floats, check_inplace, check_number, per_row, same_device
 from .checks import may_look as _may_look
-from .composed import composed
+from .composed import _check_class_dim, composed
 from .kinds import KindTuple, check_parameter, program, splits
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def divergence(
             [..., K], with gradient; 1 each otherwise.
         inplace: the gradient may overwrite `student` (saves one logits tensor; backward runs once).
         return_stats: return (loss, `TokenStats`): `token_stats` of the same call, without gradient.
+            Only for rows that are compared as they are given: logits on both sides, without
+            standardize, teacher_bias, support and teacher_weights.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or [...] for reduction "none". A row value has a
@@ -133,6 +135,52 @@ def divergence(
             tell (label range, tensor parameters) raises on CPU tensors in eager mode, and on CUDA
             under `kdkernels.debug()`; otherwise that row is NaN with gradient 0.
     """
+    if return_stats:  # first, for the gradient may overwrite the logits
+        stats = _stats(
+            student,
+            teacher,
+            labels,
+            temperature,
+            teacher_temperature,
+            mask,
+            ignore_index,
+            vocab_size,
+            teacher_vocab_size,
+            class_dim,
+            standardize=standardize or None,
+            teacher_bias=teacher_bias,
+            support=support,
+            teacher_weights=teacher_weights,
+        )
+        value = divergence(
+            student,
+            teacher,
+            kind=kind,
+            beta=beta,
+            alpha=alpha,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            temperature_squared=temperature_squared,
+            standardize=standardize,
+            teacher_bias=teacher_bias,
+            labels=labels,
+            ignore_index=ignore_index,
+            mask=mask,
+            weight=weight,
+            label_weight=label_weight,
+            clip=clip,
+            support=support,
+            detach_mixture=detach_mixture,
+            reduction=reduction,
+            normalize=normalize,
+            num_items=num_items,
+            vocab_size=vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+            class_dim=class_dim,
+            teacher_weights=teacher_weights,
+            inplace=inplace,
+        )
+        return value, stats
     if (
         (teacher is not None and not isinstance(teacher, Tensor))
         or standardize
@@ -233,23 +281,8 @@ def divergence(
         rest = rest._replace(inplace=True)
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
-    if return_stats:  # before the gradient may overwrite the logits
-        from .token_stats import token_stats
-
-        stats = token_stats(
-            student,
-            teacher,
-            labels,
-            temperature,
-            teacher_temperature,
-            mask,
-            ignore_index=ignore_index,
-            vocab_size=vocab_size,
-            teacher_vocab_size=teacher_vocab_size,
-        )
     value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
-    value = value.view(leading) if reduction == "none" else value
-    return (value, stats) if return_stats else value
+    return value.view(leading) if reduction == "none" else value
 
 
 def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
@@ -273,6 +306,48 @@ def total_variation(student: Tensor, teacher: Tensor, **options) -> Tensor:
 
 
 # Pieces. ----------------------------------------------------------------------------------------
+
+
+def _stats(
+    student,
+    teacher,
+    labels,
+    temperature,
+    teacher_temperature,
+    mask,
+    ignore_index,
+    vocab_size,
+    teacher_vocab_size,
+    class_dim,
+    **changed,
+) -> TokenStats:
+    """Statistics of the two rows as they were given; refused where the call changes them."""
+    from .token_stats import token_stats
+
+    if teacher is not None and not isinstance(teacher, Tensor):
+        changed["teacher"] = teacher
+    for argument, given in changed.items():
+        if given is not None:
+            what = type(given).__name__ if argument == "teacher" else argument
+            raise ValueError(
+                f"return_stats: not with {what}, which changes the rows that are compared; "
+                "kd.token_stats takes logits"
+            )
+    if class_dim != -1:
+        dim = _check_class_dim(class_dim, student, False)
+        student = student.movedim(dim, -1)
+        teacher = None if teacher is None else teacher.movedim(dim, -1)
+    return token_stats(
+        student,
+        teacher,
+        labels,
+        temperature,
+        teacher_temperature,
+        mask,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        teacher_vocab_size=teacher_vocab_size,
+    )
 
 
 def _check_teacher(student: Tensor, teacher: Tensor) -> None:
