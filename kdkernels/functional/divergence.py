@@ -133,6 +133,28 @@ def divergence(
             tell (label range, tensor parameters) raises on CPU tensors in eager mode, and on CUDA
             under `kdkernels.debug()`; otherwise that row is NaN with gradient 0.
     """
+    stats = None
+    if return_stats:  # before the gradient may overwrite the logits
+        restated = standardize or teacher_bias is not None or support is not None
+        dense = teacher is None or isinstance(teacher, Tensor)
+        if restated or class_dim != -1 or not dense:
+            raise ValueError(
+                "return_stats: goes with one dense teacher or None, without standardize, "
+                "teacher_bias, support and class_dim; call kd.token_stats on the rows you mean"
+            )
+        from .token_stats import token_stats
+
+        stats = token_stats(
+            student,
+            teacher,
+            labels,
+            temperature,
+            teacher_temperature,
+            mask,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+        )
     if (
         (teacher is not None and not isinstance(teacher, Tensor))
         or standardize
@@ -143,7 +165,7 @@ def divergence(
         or (clip is not None and isinstance(clip, Clip) and clip.quantile is not None)
         or (not isinstance(kind, str) and splits(kind))
     ):
-        return composed(
+        value = composed(
             divergence,
             student,
             teacher,
@@ -172,6 +194,7 @@ def divergence(
             teacher_weights=teacher_weights,
             inplace=inplace,
         )
+        return (value, stats) if return_stats else value
     check_floats(student, "student")
     if student.dim() < 1 or student.shape[-1] < 1:
         raise ValueError(f"student: expected shape [..., V], V >= 1, got {tuple(student.shape)}")
@@ -233,20 +256,6 @@ def divergence(
         rest = rest._replace(inplace=True)
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
-    if return_stats:  # before the gradient may overwrite the logits
-        from .token_stats import token_stats
-
-        stats = token_stats(
-            student,
-            teacher,
-            labels,
-            temperature,
-            teacher_temperature,
-            mask,
-            ignore_index=ignore_index,
-            vocab_size=vocab_size,
-            teacher_vocab_size=teacher_vocab_size,
-        )
     value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
     value = value.view(leading) if reduction == "none" else value
     return (value, stats) if return_stats else value
