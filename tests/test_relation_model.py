@@ -13,7 +13,7 @@ import kdkernels as kd
 
 transformers = pytest.importorskip("transformers")
 
-from kdkernels.integrations.capture import capture, split_heads  # noqa: E402
+from kdkernels.integrations.transformers import capture, split_heads  # noqa: E402
 
 TEXTS = [
     "the cat sat on the mat and looked at the rain outside",

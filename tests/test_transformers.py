@@ -11,6 +11,8 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from ranks import run_ranks  # noqa: E402
+
 import kdkernels as kd  # noqa: E402
 from kdkernels.integrations.transformers import DistillationTrainer  # noqa: E402
 
@@ -464,7 +466,6 @@ def distributed_worker(rank, port, folder, average):
         LOCAL_RANK=str(rank),
         WORLD_SIZE="2",
     )
-    torch.set_num_threads(1)
     arguments = dict(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -474,11 +475,7 @@ def distributed_worker(rank, port, folder, average):
     )
     trainer, recorder = make_trainer(folder, arguments=arguments, eval_dataset=make_examples())
     trainer.train()
-    if rank == 0:
-        entry = trainer.state.log_history[0]
-        torch.save((recorder.gradients[0], entry), os.path.join(folder, "rank0.pt"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return recorder.gradients[0], trainer.state.log_history[0] if rank == 0 else None
 
 
 @pytest.mark.parametrize("average", [True, False], ids=["all_rows", "own_rows"])
@@ -487,10 +484,7 @@ def test_two_ranks_equal_one_process(tmp_path, average):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(
-        distributed_worker, args=(port, str(tmp_path), average), nprocs=2, join=True
-    )
-    gradients, entry = torch.load(tmp_path / "rank0.pt")
+    (gradients, entry), _ = run_ranks(distributed_worker, tmp_path, (port, str(tmp_path), average))
     examples = make_examples()
     if average:
         trainer, single = run(tmp_path, examples=examples)

@@ -16,7 +16,8 @@ KD_LANES void store_upto(T* out, V v, int64_t left) {
 }
 
 // out[i] = value(i, V) for i in [0, n): value gives the lanes that start at i. `around_cache`: by
-// non-temporal stores, which leave the cache to the logits and read nothing.
+// non-temporal stores, which leave the cache to the logits and read nothing; stream_fence() after
+// the last one is the caller's.
 template <class V, class T, class Value>
 KD_LANES void write_row(T* out, int64_t n, bool around_cache, const Value& value) {
   constexpr int64_t kLanes = V::kLanes, kPair = 2 * kLanes;
@@ -29,7 +30,6 @@ KD_LANES void write_row(T* out, int64_t n, bool around_cache, const Value& value
     }
     i = head < n ? head : n;
     for (; i + kPair <= n; i += kPair) stream2(out + i, value(i), value(i + kLanes));
-    stream_fence();
   } else {
     for (; i + kPair <= n; i += kPair) {
       const V first = value(i), second = value(i + kLanes);
@@ -123,6 +123,7 @@ void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers
                    [&](int64_t i) { return V::load(t + i); });
     }
   }
+  if (around_cache) stream_fence();
   if (moment_s != nullptr) *moment_s = sum_s;
   if (moment_t != nullptr) *moment_t = sum_t;
 }
@@ -167,6 +168,63 @@ void gradient_from_scratch(const S* x, const S* y, const ScratchGradient<S>& c, 
     });
   }
 }
+
+// The student gradient of the row whose terms lie in scratch. It is written block by block while
+// the next row's statistics take the scratch over: each block is then read and overwritten while it
+// is in the nearest cache, and the memory reads logits while it writes gradients.
+template <class T>
+class PendingGradient {
+  using S = compute_t<T>;
+
+ public:
+  // Everything pointed to stays as it is until finish().
+  void start(const S* x, const S* y, const ScratchGradient<S>& from, const Side<T>& z,
+             const LabelTerm<S>& label, T* out, bool around_cache) {
+    x_ = x;
+    y_ = y;
+    from_ = from;
+    z_ = z;
+    label_ = label;
+    out_ = out;
+    around_cache_ = around_cache;
+    done_ = 0;
+    replaced_ = -1;
+  }
+
+  // The entry `index` gets `value` instead of what scratch says.
+  void replace(int64_t index, S value) {
+    replaced_ = index;
+    replacement_ = value;
+  }
+
+  // Entries below `end`; afterwards that part of the scratch is free.
+  void write_upto(int64_t end) {
+    if (end > z_.columns) end = z_.columns;
+    if (done_ >= end) return;
+    const Side<T> part{z_.logits + done_, end - done_, z_.scale, z_.max};
+    gradient_from_scratch(x_ + done_, y_ + done_, from_, part, label_, out_ + done_, around_cache_);
+    done_ = end;
+  }
+
+  void finish() {
+    if (z_.columns == 0) return;
+    write_upto(z_.columns);
+    if (around_cache_) stream_fence();
+    if (replaced_ >= 0) out_[replaced_] = cast<T>(replacement_);
+    z_.columns = 0;
+  }
+
+ private:
+  const S* x_ = nullptr;
+  const S* y_ = nullptr;
+  ScratchGradient<S> from_;
+  Side<T> z_{nullptr, 0, S(0), S(0)};
+  LabelTerm<S> label_;
+  T* out_ = nullptr;
+  int64_t done_ = 0, replaced_ = -1;
+  S replacement_ = 0;
+  bool around_cache_ = false;
+};
 
 }  // namespace KDK_ISA_NAMESPACE
 }  // namespace kd

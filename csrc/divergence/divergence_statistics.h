@@ -17,7 +17,7 @@
 namespace kd {
 namespace KDK_ISA_NAMESPACE {
 
-constexpr int64_t kBlock = 1024;     // entries between two checks
+constexpr int64_t kBlock = 512;      // entries between two checks
 constexpr float kDead = -1e30f;      // stands for log2(0)
 constexpr float kCeiling = 0x1p60f;  // of a block's sum
 constexpr float kUnderflow = -1050;  // 2^this is 0 even in float64
@@ -47,6 +47,26 @@ struct RowSums {
   double top_gap = 0;               // largest v - u
   bool no_q = false, no_p = false;  // q = 0 < p, p = 0 < q somewhere
   bool is_nan = false;
+};
+
+// RowSums under way: lanes of doubles, folded once a row.
+template <class V>
+struct LaneSums {
+  VecD sum_s = VecD::zero(), sum_t = VecD::zero(), gap = VecD::zero(), cross = VecD::zero();
+  VecD reverse = VecD::zero(), entropy = VecD::zero();
+  V top_gap = V(kDead);
+
+  template <class S>
+  void fold(RowSums<S>* row) const {
+    row->sum_s = reduce_add(sum_s);
+    row->sum_t = reduce_add(sum_t);
+    row->gap = reduce_add(gap);
+    row->cross = reduce_add(cross);
+    row->reverse = reduce_add(reverse);
+    row->entropy = reduce_add(entropy);
+    const double top = reduce_max(top_gap);
+    row->top_gap = top > 0 ? top : 0;
+  }
 };
 
 // What the pass leaves in the scratch buffers x and y: nothing; 2^u and 2^v; 2^u and v - u; u and
@@ -97,7 +117,7 @@ KD_LANES compute_t<T> largest(const Side<T>& side, int64_t begin, int64_t end, b
 // Fast block of full vectors; true if every sum is finite and below the ceiling.
 template <Keep K, class TS, class TT, class V, class S>
 KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x,
-                         S* y, RowSums<S>* row) {
+                         S* y, LaneSums<V>* row) {
   constexpr int kUnroll = 2;
   constexpr int64_t kStep = kUnroll * V::kLanes;
   constexpr int64_t kAhead = 4096;  // bytes; longer than the memory's latency, inside the page walk
@@ -147,14 +167,16 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
   }
   const V ceiling(kCeiling);
   if (!all((sum_s[0] < ceiling) & (sum_t[0] < ceiling) & is_finite(gap[0]))) return false;
-  row->sum_s += reduce_add_double(sum_s[0]);
-  row->sum_t += reduce_add_double(sum_t[0]);
-  row->gap += reduce_add_double(gap[0]);
-  row->cross += reduce_add_double(cross[0]);
-  row->reverse += reduce_add_double(reverse);
-  row->entropy += reduce_add_double(entropy);
-  const double top = reduce_max(top_gap);
-  if (top > row->top_gap) row->top_gap = top;
+  row->sum_s += widen_sum(sum_s[0]);
+  row->sum_t += widen_sum(sum_t[0]);
+  row->gap += widen_sum(gap[0]);
+  if constexpr (K == Keep::kNothing || K == Keep::kExponentials) row->cross += widen_sum(cross[0]);
+  if constexpr (K == Keep::kNothing || K == Keep::kRatio) row->reverse += widen_sum(reverse);
+  if constexpr (K == Keep::kNothing) {
+    row->entropy += widen_sum(entropy);
+  } else if constexpr (K != Keep::kExponentials) {
+    row->top_gap = max(top_gap, row->top_gap);
+  }
   return true;
 }
 
@@ -162,7 +184,7 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
 // reference is too low.
 template <Keep K, class TS, class TT, class V, class S>
 bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
-                   RowSums<S>* row) {
+                   LaneSums<V>* lanes, RowSums<S>* row) {
   const V dead(kDead), underflow(kUnderflow), zero = V::zero();
   V sum_s = zero, sum_t = zero, gap = zero, cross = zero, reverse = zero;
   V entropy = zero, top_gap(kDead);
@@ -195,25 +217,26 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
   row->no_p |= any(no_p);
   const V ceiling(kCeiling);
   if (!all((sum_s < ceiling) & (sum_t < ceiling))) return false;
-  row->sum_s += reduce_add_double(sum_s);
-  row->sum_t += reduce_add_double(sum_t);
-  row->gap += reduce_add_double(gap);
-  row->cross += reduce_add_double(cross);
-  row->reverse += reduce_add_double(reverse);
-  row->entropy += reduce_add_double(entropy);
-  const double top = reduce_max(top_gap);
-  if (top > row->top_gap) row->top_gap = top;
+  lanes->sum_s += widen_sum(sum_s);
+  lanes->sum_t += widen_sum(sum_t);
+  lanes->gap += widen_sum(gap);
+  lanes->cross += widen_sum(cross);
+  lanes->reverse += widen_sum(reverse);
+  lanes->entropy += widen_sum(entropy);
+  lanes->top_gap = max(top_gap, lanes->top_gap);
   return true;
 }
 
-// Sets the references of both sides and fills x and y (padded to whole vectors).
-template <Keep K, class TS, class TT, class S>
-RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
+// Sets the references of both sides and fills x and y (padded to whole vectors); before entries up
+// to `end` of those are written, before_write(end) is called.
+template <Keep K, class TS, class TT, class S, class BeforeWrite>
+RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y, const BeforeWrite& before_write) {
   using V = Lanes<TS>;
   const int64_t common = z->columns < a->columns ? z->columns : a->columns;
   const int64_t longer = z->columns < a->columns ? a->columns : z->columns;
   for (bool exact = false;; exact = true) {
     RowSums<S> row;
+    LaneSums<V> lanes;
     const auto reference = [&](auto* side) {
       const int64_t end = exact || side->columns < kBlock ? side->columns : kBlock;
       bool bad = false;
@@ -232,18 +255,21 @@ RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y) {
     for (int64_t i = 0; good && i < common; i += kBlock) {
       const int64_t end = i + kBlock < common ? i + kBlock : common;
       const int64_t whole = i + (end - i) / (2 * V::kLanes) * (2 * V::kLanes);
-      if (whole > i && !fast_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &row)) {
-        good = careful_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &row);
+      before_write(whole);
+      if (whole > i && !fast_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &lanes)) {
+        good = careful_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &lanes, &row);
       }
       done = whole;
     }
     // The last block's rest, and the columns that only one side has.
     for (; good && done < longer; done += kBlock) {
       const int64_t end = done + kBlock < longer ? done + kBlock : longer;
-      good = careful_block<K, TS, TT, V>(*z, *a, done, end, x, y, &row);
+      before_write(padded<V>(end));
+      good = careful_block<K, TS, TT, V>(*z, *a, done, end, x, y, &lanes, &row);
     }
     if (good || row.is_nan || exact) {
       row.is_nan |= !good;
+      lanes.fold(&row);
       return row;
     }
   }

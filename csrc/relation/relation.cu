@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) relation_row_kernel(RelationRows 
   }
 
   Constants<F> c;
-  c.s = c.t = c.shift = c.es = c.et = F(0);
+  c.s = c.t = c.shift = c.es = c.et = c.inverse_s = c.inverse_t = F(0);
   c.beta = static_cast<F>(call.beta), c.margin = static_cast<F>(call.margin);
   c.clamp = static_cast<F>(call.clamp), c.clamped = call.clamped;
   c.floored_s = c.floored_t = false;

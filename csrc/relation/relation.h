@@ -68,13 +68,16 @@ struct RelationSpec {
   double label_mix = 0;
   double first_row = 0;  // number of the chunk's first row in the map
   double diagonal = 0;   // column of row 0's own entry (sharded rows)
+  double half = 0;       // the tokens hold float16 (1) or bfloat16 (2) numbers; for Python's choice
 };
 
 #define KD_RELATION_SPEC_FIELDS(X)                                                             \
   X(kind)                                                                                      \
   X(need_student)                                                                              \
-  X(need_teacher) X(causal) X(exclude_diagonal) X(block) X(beta) X(margin) X(clamped) X(clamp) \
-      X(label_mix) X(first_row) X(diagonal)
+  X(need_teacher)                                                                              \
+  X(causal)                                                                                    \
+  X(exclude_diagonal) X(block) X(beta) X(margin) X(clamped) X(clamp) X(label_mix) X(first_row) \
+      X(diagonal) X(half)
 
 // What forward reports of each row, float64.
 enum RelationRow : int {

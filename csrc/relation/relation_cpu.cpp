@@ -1,9 +1,12 @@
 // The row loops against SIMD lanes, compiled once per ISA.
 //
 // A row of products is short (some KiB), so its walks after the first run in the L1 or L2 cache.
-// Lanes are summed in blocks of 512 columns, blocks in double.
+// Lanes are summed in blocks of 512 columns, blocks in double. The exponentials of a softmax row
+// are taken once: the walk that sums them leaves them in the thread's scratch for the next. The
+// same scratch holds the row's selection as lanes.
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "relation/lane_sum.h"
 #include "relation/relation_math.h"
 #include "relation/relation_rows.h"
 
@@ -27,6 +30,8 @@ struct Row {
   T scale_s, scale_t;
   const T *column_norms_s, *column_norms_t;  // distance kinds
   T row_norm_s, row_norm_t;
+  T* selected = nullptr;  // (M) 1 or 0; none: not masked, or too long for the scratch
+  T *chance_s = nullptr, *chance_t = nullptr;  // (M) e^(a - max), softmax kinds; none: too long
 
   KD_LANES Row(const RelationRows& c, int64_t index)
       : call(c), h(index / c.chunk_rows), r(index % c.chunk_rows) {
@@ -53,14 +58,19 @@ template <class T, bool kMasked, class Fn, class Flush>
 KD_LANES void each_vector(const Row<T>& row, const Fn& fn, const Flush& flush) {
   using V = Lanes<T>;
   const int64_t columns = row.call.columns;
-  T selected[kMasked ? kBlock + V::kLanes : 1];
+  T block[kMasked ? kBlock + V::kLanes : 1];
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
+    const T* selected = block;
     if constexpr (kMasked) {
-      for (int64_t j = begin; j < end; ++j) {
-        selected[j - begin] = row.call.selection.entry(row.h, row.r, j) ? T(1) : T(0);
+      if (row.selected) {
+        selected = row.selected + begin;
+      } else {
+        for (int64_t j = begin; j < end; ++j) {
+          block[j - begin] = row.call.selection.entry(row.h, row.r, j) ? T(1) : T(0);
+        }
+        for (int64_t j = end; j < end + V::kLanes; ++j) block[j - begin] = T(0);
       }
-      for (int64_t j = end; j < end + V::kLanes; ++j) selected[j - begin] = T(0);
     }
     for (int64_t j = begin; j < end; j += V::kLanes) {
       const int64_t n = end - j < V::kLanes ? end - j : V::kLanes;
@@ -73,28 +83,6 @@ KD_LANES void each_vector(const Row<T>& row, const Fn& fn, const Flush& flush) {
     flush();
   }
 }
-
-template <class V, class T>
-KD_LANES V load_lanes(const T* p, int64_t n) {
-  return n == V::kLanes ? V::load(p) : V::load_partial(p, n, T(0));
-}
-template <class V, class T>
-KD_LANES void store_lanes(T* p, V v, int64_t n) {
-  if (n == V::kLanes) {
-    store(p, v);
-  } else {
-    store_partial(p, v, n);
-  }
-}
-
-// A sum over a row: lanes within a block, a double over blocks.
-template <class V>
-struct Sum {
-  V block = V::zero();
-  double total = 0;
-  KD_LANES void add(V x) { block += x; }
-  KD_LANES void flush() { total += reduce_add_double(block), block = V::zero(); }
-};
 
 template <class V>
 struct Similarities {
@@ -155,12 +143,18 @@ KD_LANES void normalisers(const Row<T>& row, Constants<V>& c, double* lse_s) {
         row,
         [&](int64_t j, int64_t n, typename V::Mask m) {
           const auto x = similarities<kKind>(row, c, j, n);
-          s.add(select(m, exp(x.as - V(max_s)), V::zero()));
+          const V q = select(m, exp(x.as - V(max_s)), V::zero());
+          s.add(q);
+          if (row.chance_s) store(row.chance_s + j, q);
           if constexpr (relation::has_teacher(kKind)) {
-            t.add(select(m, exp(x.at - V(max_t)), V::zero()));
+            const V p = select(m, exp(x.at - V(max_t)), V::zero());
+            t.add(p);
+            if (row.chance_t) store(row.chance_t + j, p);
           }
         },
         flush);
+    c.inverse_s = V(static_cast<T>(1 / s.total));
+    c.inverse_t = relation::has_teacher(kKind) ? V(static_cast<T>(1 / t.total)) : V::zero();
     const double s_lse = static_cast<double>(max_s) + __builtin_log(s.total);
     const double t_lse =
         relation::has_teacher(kKind) ? static_cast<double>(max_t) + __builtin_log(t.total) : s_lse;
@@ -213,16 +207,31 @@ template <Kind kKind, class T, bool kMasked>
 KD_LANES void run_row(const RelationRows& call, int64_t index) {
   using V = Lanes<T>;
   using M = typename V::Mask;
-  const Row<T> row(call, index);
+  Row<T> row(call, index);
   double* out = call.rows + index * kRelationRow;
   int64_t count = 0;
+  // Rows of the scratch: whole vectors, so that a walk may store past the last column.
+  const int64_t padded = (call.columns + V::kLanes) / V::kLanes * V::kLanes;
+  const size_t length = static_cast<size_t>(padded);
+  const size_t planes = (kMasked ? 1 : 0) + (relation::is_softmax(kKind) ? 2 : 0);
+  const bool fits = planes > 0 && length <= kScratchLimit / sizeof(T) / planes;
   if (call.selection.row(row.h, row.r)) {
     count = call.columns;
+    T* memory = fits ? reinterpret_cast<T*>(scratch(planes * length * sizeof(T))) : nullptr;
     if constexpr (kMasked) {
       count = 0;
-      for (int64_t j = 0; j < call.columns; ++j) {
-        count += call.selection.entry(row.h, row.r, j) ? 1 : 0;
+      if (fits) {
+        row.selected = memory, memory += padded;
+        for (int64_t j = call.columns; j < padded; ++j) row.selected[j] = T(0);
       }
+      for (int64_t j = 0; j < call.columns; ++j) {
+        const bool on = call.selection.entry(row.h, row.r, j);
+        count += on ? 1 : 0;
+        if (fits) row.selected[j] = on ? T(1) : T(0);
+      }
+    }
+    if constexpr (relation::is_softmax(kKind)) {
+      if (fits) row.chance_s = memory, row.chance_t = memory + padded;
     }
   }
   clear_row(row, count > 0);
@@ -230,7 +239,7 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
   out[kRowCount] = static_cast<double>(count);
 
   Constants<V> c;
-  c.s = c.t = c.shift = c.es = c.et = V::zero();
+  c.s = c.t = c.shift = c.es = c.et = c.inverse_s = c.inverse_t = V::zero();
   c.beta = V(static_cast<T>(call.beta)), c.margin = V(static_cast<T>(call.margin));
   c.clamp = V(static_cast<T>(call.clamp)), c.clamped = call.clamped;
   c.floored_s = c.floored_t = false;
@@ -264,10 +273,26 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
   const bool need_s = call.need_student, need_t = call.need_teacher;
   Sum<V> value, es, et, scale_s, scale_t, weight_s, weight_t, sum_s, sum_t, positive_s, positive_t;
 
+  // The chances of one vector of entries, softmax kinds.
+  const auto chances = [&](const Similarities<V>& x, int64_t j, V* p, V* q) {
+    if (row.chance_s) {
+      *q = V::load(row.chance_s + j) * c.inverse_s;
+      *p = relation::has_teacher(kKind) ? V::load(row.chance_t + j) * c.inverse_t : V::zero();
+    } else {
+      *q = exp(x.as - c.s);
+      *p = relation::has_teacher(kKind) ? exp(x.at - c.t) : V::zero();
+    }
+  };
   // Writes the gradient of one vector of entries over its products.
   const auto write = [&](const Similarities<V>& x, int64_t j, int64_t n, M m) {
     V gs, gt;
-    relation::gradient<kKind>(x.as, x.at, c, &gs, &gt);
+    [[maybe_unused]] V p, q;
+    if constexpr (relation::is_softmax(kKind)) {
+      chances(x, j, &p, &q);
+      relation::softmax_gradient<kKind>(p, q, x.as, x.at, c, &gs, &gt);
+    } else {
+      relation::gradient<kKind>(x.as, x.at, c, &gs, &gt);
+    }
     if (pair_weight) {
       T gathered[V::kLanes];
       for (int64_t i = 0; i < n; ++i)
@@ -289,7 +314,7 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
     } else {
       if constexpr (relation::is_softmax(kKind)) {
         if (labelled) {
-          gs = fma(V(static_cast<T>(call.label_mix)), exp(x.as - c.s), gs * V(kept));
+          gs = fma(V(static_cast<T>(call.label_mix)), q, gs * V(kept));
           gt *= V(kept);
         }
       }
@@ -316,7 +341,14 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
       [&](int64_t j, int64_t n, M m) {
         const auto x = similarities<kKind>(row, c, j, n);
         if constexpr (kKind != Kind::kLogSumExp) {
-          const Terms<V> term = relation::terms<kKind>(x.as, x.at, c);
+          Terms<V> term;
+          if constexpr (relation::is_softmax(kKind)) {
+            V p, q;
+            chances(x, j, &p, &q);
+            term = relation::softmax_terms<kKind>(p, q, x.as, x.at, c);
+          } else {
+            term = relation::terms<kKind>(x.as, x.at, c);
+          }
           value.add(select(m, term.value, V::zero()));
           if (needs_second) {
             es.add(select(m, term.es, V::zero()));
@@ -335,9 +367,16 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
         if (fused) write(x, j, n, m);
       },
       [&] {
-        value.flush(), es.flush(), et.flush(), scale_s.flush(), scale_t.flush();
-        weight_s.flush(), weight_t.flush(), sum_s.flush(), sum_t.flush();
-        positive_s.flush(), positive_t.flush();
+        value.flush();
+        if (needs_second) es.flush(), et.flush();
+        if (fused) {
+          if (need_s) scale_s.flush();
+          if (need_t) scale_t.flush();
+        }
+        if constexpr (relation::is_distance(kKind)) {
+          scale_s.flush(), scale_t.flush(), weight_s.flush(), weight_t.flush();
+          sum_s.flush(), sum_t.flush(), positive_s.flush(), positive_t.flush();
+        }
       });
   if ((need_s || need_t) && !fused) {
     c.es = V(static_cast<T>(es.total)), c.et = V(static_cast<T>(et.total));

@@ -55,9 +55,10 @@ struct ScalarOf<double> {
 // What is the same for all entries of a row.
 template <class F>
 struct Constants {
-  F s, t;    // softmax: log-sum-exp; gram: 1 / norm; distance: 1 / mean
-  F shift;   // softmax: lse_t - lse_s, rounded once
-  F es, et;  // sums of Terms::es and Terms::et over the row
+  F s, t;                  // softmax: log-sum-exp; gram: 1 / norm; distance: 1 / mean
+  F inverse_s, inverse_t;  // softmax, where exponentials are kept: 1 / sum e^(a - max)
+  F shift;                 // softmax: lse_t - lse_s, rounded once
+  F es, et;                // sums of Terms::es and Terms::et over the row
   F beta, margin, clamp;
   bool clamped;
   bool floored_s, floored_t;  // gram_row_l2: the norm is at its floor and carries no gradient
@@ -90,9 +91,10 @@ KD_HOST_DEVICE F kl_generator(F p, F q, F d) {
   return select(abs(d) < F(0.25), p * (d * d * tail), fma(p, d, q - p));
 }
 
+// NaN stays NaN.
 template <class F>
 KD_HOST_DEVICE F sign(F x) {
-  return select(x > F(0), F(1), select(x < F(0), F(-1), F(0)));
+  return select(x > F(0), F(1), select(x < F(0), F(-1), x));
 }
 
 // rho and its derivative for the element kinds; beta > 0.
@@ -107,7 +109,7 @@ KD_HOST_DEVICE F rho(F x, F beta, F margin) {
   if constexpr (kKind == Kind::kHuber) {
     return select(size < beta, F(0.5) * x * x, beta * (size - F(0.5) * beta));
   }
-  return select(size > margin, size - margin, F(0));
+  return select(size <= margin, F(0), size - margin);
 }
 template <Kind kKind, class F>
 KD_HOST_DEVICE F rho_slope(F x, F beta, F margin) {
@@ -118,7 +120,7 @@ KD_HOST_DEVICE F rho_slope(F x, F beta, F margin) {
     return select(size < beta, x / beta, sign(x));
   }
   if constexpr (kKind == Kind::kHuber) return select(size < beta, x, beta * sign(x));
-  return select(size > margin, sign(x), F(0));
+  return select(size <= margin, F(0), sign(x));
 }
 
 // The entries of both maps of gram_row_l1: P = r / sum r with r = (a + 1) / 2, and the exact d.
@@ -132,24 +134,34 @@ struct PktEntry {
 };
 
 // Value of an entry, and what the gradient needs summed over the row. The row value is the sum of
-// the values.
+// the values. Softmax kinds: p, q are the entry's chances, which a row loop may already have.
+template <Kind kKind, class F>
+KD_HOST_DEVICE Terms<F> softmax_terms(F p, F q, F as, F at, const Constants<F>& c) {
+  const F zero(0);
+  if constexpr (kKind == Kind::kSoftmaxKl) {
+    const F value = kl_generator(p, q, (at - as) - c.shift);
+    return {value, zero, value};
+  } else if constexpr (kKind == Kind::kSoftmaxCrossEntropy) {
+    const F value = p * (c.s - as);
+    return {value, zero, value};
+  } else if constexpr (kKind == Kind::kSoftmaxReverseKl) {
+    const F value = kl_generator(q, p, (as - at) + c.shift);
+    return {value, value, zero};
+  } else if constexpr (kKind == Kind::kSoftmaxMse) {
+    const F x = q - p;
+    return {x * x, x * q, x * p};
+  } else {
+    return {zero, zero, zero};
+  }
+}
+
 template <Kind kKind, class F>
 KD_HOST_DEVICE Terms<F> terms(F as, F at, const Constants<F>& c) {
   const F zero(0);
-  if constexpr (kKind == Kind::kSoftmaxKl) {
-    const F d = (at - as) - c.shift;
-    const F value = kl_generator(exp(at - c.t), exp(as - c.s), d);
-    return {value, zero, value};
-  } else if constexpr (kKind == Kind::kSoftmaxCrossEntropy) {
-    const F value = exp(at - c.t) * (c.s - as);
-    return {value, zero, value};
-  } else if constexpr (kKind == Kind::kSoftmaxReverseKl) {
-    const F d = (as - at) + c.shift;
-    const F value = kl_generator(exp(as - c.s), exp(at - c.t), d);
-    return {value, value, zero};
-  } else if constexpr (kKind == Kind::kSoftmaxMse) {
-    const F p = exp(at - c.t), q = exp(as - c.s), x = q - p;
-    return {x * x, x * q, x * p};
+  if constexpr (kKind == Kind::kLogSumExp) {
+    return {zero, zero, zero};
+  } else if constexpr (is_softmax(kKind)) {
+    return softmax_terms<kKind>(exp(at - c.t), exp(as - c.s), as, at, c);
   } else if constexpr (kKind == Kind::kGramRowL2) {
     const F us = as * c.s, ut = at * c.t, x = us - ut;
     return {x * x, x * us, x * ut};
@@ -159,8 +171,6 @@ KD_HOST_DEVICE Terms<F> terms(F as, F at, const Constants<F>& c) {
     // Summed over the row the generator is the published sum: both P add up to 1.
     const F value = kl_generator(e.pt + epsilon, e.ps + epsilon, e.d) - epsilon * e.d;
     return {value, e.pt / (e.ps + epsilon) * e.ps, (e.d + e.pt / (e.pt + epsilon)) * e.pt};
-  } else if constexpr (kKind == Kind::kLogSumExp) {
-    return {zero, zero, zero};
   } else if constexpr (kKind == Kind::kDistanceSum) {
     return {as, zero, zero};
   } else if constexpr (kKind == Kind::kDistance) {
@@ -172,23 +182,31 @@ KD_HOST_DEVICE Terms<F> terms(F as, F at, const Constants<F>& c) {
 
 // d row value / d a_s and / d a_t of an entry. Distance kinds: / d distance.
 template <Kind kKind, class F>
-KD_HOST_DEVICE void gradient(F as, F at, const Constants<F>& c, F* gs, F* gt) {
+KD_HOST_DEVICE void softmax_gradient(F p, F q, F as, F at, const Constants<F>& c, F* gs, F* gt) {
   if constexpr (kKind == Kind::kSoftmaxKl) {
-    const F p = exp(at - c.t);
-    *gs = exp(as - c.s) - p;
+    *gs = q - p;
     *gt = p * ((at - as) - c.shift - c.et);
   } else if constexpr (kKind == Kind::kSoftmaxCrossEntropy) {
-    const F p = exp(at - c.t);
-    *gs = exp(as - c.s) - p;
+    *gs = q - p;
     *gt = p * ((c.s - as) - c.et);
   } else if constexpr (kKind == Kind::kSoftmaxReverseKl) {
-    const F q = exp(as - c.s);
     *gs = q * ((as - at) + c.shift - c.es);
-    *gt = exp(at - c.t) - q;
+    *gt = p - q;
   } else if constexpr (kKind == Kind::kSoftmaxMse) {
-    const F p = exp(at - c.t), q = exp(as - c.s), x = q - p;
+    const F x = q - p;
     *gs = F(2) * q * (x - c.es);
     *gt = F(-2) * p * (x - c.et);
+  } else {
+    *gs = q;
+    *gt = F(0);
+  }
+}
+
+template <Kind kKind, class F>
+KD_HOST_DEVICE void gradient(F as, F at, const Constants<F>& c, F* gs, F* gt) {
+  if constexpr (is_softmax(kKind)) {
+    const F p = has_teacher(kKind) ? exp(at - c.t) : F(0);
+    softmax_gradient<kKind>(p, exp(as - c.s), as, at, c, gs, gt);
   } else if constexpr (kKind == Kind::kGramRowL2) {
     const F us = as * c.s, ut = at * c.t, x = us - ut;
     *gs = F(2) * c.s * (c.floored_s ? x : fma(us, -c.es, x));
@@ -198,9 +216,6 @@ KD_HOST_DEVICE void gradient(F as, F at, const Constants<F>& c, F* gs, F* gt) {
     const F epsilon(kPktEpsilon);
     *gs = F(0.5) * c.s * (c.es - e.pt / (e.ps + epsilon));
     *gt = F(0.5) * c.t * (e.d + e.pt / (e.pt + epsilon) - c.et);
-  } else if constexpr (kKind == Kind::kLogSumExp) {
-    *gs = exp(as - c.s);
-    *gt = F(0);
   } else if constexpr (kKind == Kind::kDistanceSum) {
     *gs = F(1);
     *gt = F(1);

@@ -4,7 +4,7 @@ import torch
 
 from .native import extension
 
-FAMILIES = ("divergence", "transport", "relation", "gromov")
+FAMILIES = ("divergence", "transport", "relation", "softmax_relation", "gromov")
 _C = extension("_C")
 
 
@@ -28,6 +28,9 @@ def why_not() -> str:
 if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     divergence_fwd = _C.divergence_fwd
     divergence_bwd = _C.divergence_bwd
+    token_stats = _C.token_stats
+    label_log_probs_fwd = _C.label_log_probs_fwd
+    label_log_probs_bwd = _C.label_log_probs_bwd
     scale = _C.scale
     graph_nodes_fwd = _C.graph_nodes_fwd
     graph_nodes_bwd = _C.graph_nodes_bwd
@@ -38,4 +41,7 @@ if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     sorted_workspace = _C.sorted_workspace
     sorted_transport = _C.sorted_transport
     relation_rows = _C.relation_rows
+    feature_rows = _C.feature_rows
+    feature_columns = _C.feature_columns
+    softmax_relation = _C.softmax_relation
     plackett_luce = _C.plackett_luce

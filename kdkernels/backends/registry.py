@@ -15,7 +15,9 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import NamedTuple
 
-FAMILIES = ("divergence", "transport", "relation", "gromov")
+# "softmax_relation": the softmax kinds of "relation", streamed tile by tile. A backend may serve it
+# beside "relation" or alone.
+FAMILIES = ("divergence", "transport", "relation", "softmax_relation", "gromov")
 NAMES = ("cuda", "cpu", "triton", "simt", "torch")
 # Automatic choice, best first. simt is a development backend: never chosen by itself.
 ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
@@ -134,6 +136,19 @@ def _pick(asked: str | None, family: str, device: str) -> ModuleType:
         if not isinstance(module, str) and family in module.FAMILIES:
             return module
     raise ValueError(f"device: expected a tensor on cpu or cuda, got {device}")
+
+
+def pick_any(families: tuple[str, ...], device: str) -> ModuleType:
+    """The first backend that serves one of the families; one that was asked for may serve any."""
+    asked = _settings.get().backend
+    if asked is None:
+        for name in ORDER.get(device, ()):
+            module = _try(name)
+            if not isinstance(module, str) and any(f in module.FAMILIES for f in families):
+                return module
+        return pick(families[0], device)
+    served = [f for f in families if f in load(asked).FAMILIES]
+    return pick(served[0] if served else families[0], device)
 
 
 def backends() -> list[BackendReport]:

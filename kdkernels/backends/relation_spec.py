@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 SOFTMAX_KINDS = (
     "softmax_kl",
     "softmax_cross_entropy",
@@ -38,11 +40,21 @@ class RelationSpec(NamedTuple):
     label_mix: float = 0.0
     first_row: float = 0.0
     diagonal: float = 0.0
+    half: float = 0.0  # a position of HALVES
+
+
+# What the tokens held before they were widened, if their numbers are still the same.
+HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # Columns of the row report, `RelationRow` of the C++ contract.
 VALUE, COUNT, SCALE_S, SCALE_T, WEIGHT_S, WEIGHT_T, SUM_S, SUM_T, POSITIVE_S, POSITIVE_T = range(10)
 ROW = 10
+
+# The widest tokens that the tile kernels of the softmax kinds take.
+WIDEST = 256
+# Statistics that they keep of a row, `SoftmaxStatistic` of the C++ contract.
+STATISTICS = 9
 
 NORM_FLOOR = 1e-12
 SQUARED_FLOOR = 1e-12

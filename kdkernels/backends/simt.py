@@ -2,7 +2,7 @@
 
 from .native import extension
 
-FAMILIES = ("divergence", "transport", "relation", "gromov")
+FAMILIES = ("divergence", "transport", "relation", "softmax_relation", "gromov")
 _simt = extension("_simt")
 
 
@@ -16,11 +16,17 @@ def why_not() -> str:
 if not isinstance(_simt, str):
     divergence_fwd = _simt.divergence_fwd
     divergence_bwd = _simt.divergence_bwd
+    token_stats = _simt.token_stats
+    label_log_probs_fwd = _simt.label_log_probs_fwd
+    label_log_probs_bwd = _simt.label_log_probs_bwd
     scale = _simt.scale
     graph_nodes_fwd = _simt.graph_nodes_fwd
     graph_nodes_bwd = _simt.graph_nodes_bwd
     assignment = _simt.assignment
     relation_rows = _simt.relation_rows
+    feature_rows = _simt.feature_rows
+    feature_columns = _simt.feature_columns
+    softmax_relation = _simt.softmax_relation
     plackett_luce = _simt.plackett_luce
     set_order = _simt.set_order
     sinkhorn_workspace = _simt.sinkhorn_workspace

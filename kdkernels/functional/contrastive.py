@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends.relation_spec import RelationSpec
 from ..ops import relation as ops
 from .checks import check_floats, check_number, same_device
-from .relation_inputs import Graphs, selection_of
+from .relation_inputs import Graphs, half_code, selection_of
 
 # Entries of a soft or boolean target that are converted at a time.
 _ENTRIES = 1 << 20
@@ -83,6 +83,7 @@ def contrastive(
     Returns:
         float32 (float64 for float64 inputs).
     """
+    half = half_code(query, key, queue, target if isinstance(target, (tuple, list)) else None)
     query, key, queue = _check(query, key, queue, reduction)
     rows = query.shape[0]
     if isinstance(row_offset, bool) or not isinstance(row_offset, int):
@@ -109,10 +110,15 @@ def contrastive(
         key = _Gather.apply(key, group)
         if isinstance(target, tuple):
             target = (target[0], _Gather.apply(target[1], group))
+    if isinstance(mask, Tensor) and mask.dim() == 1:
+        # Whatever stands in a row that does not count must not reach the keys' gradient.
+        query = torch.where(mask[:, None], query, torch.zeros_like(query))
     keys = key if queue is None else torch.cat([key, queue])
     scale = _scale(scale, query)
     row_mask, selection = _selection(mask, query, keys)
-    spec = RelationSpec(exclude_diagonal=float(exclude_diagonal), diagonal=float(row_offset))
+    spec = RelationSpec(
+        exclude_diagonal=float(exclude_diagonal), diagonal=float(row_offset), half=half
+    )
 
     def log_sum_exp() -> Tensor:
         found = ops.relation(
@@ -200,11 +206,16 @@ def _positive_mean(query, key, positives, labels, row_offset: int) -> tuple[Tens
             raise ValueError("labels: positives are given already")
         if labels.shape != (rows,) or key.shape[0] != rows:
             raise ValueError(f"labels: expected shape ({rows},) and as many keys")
-        _, group, counts = labels.unique(return_inverse=True, return_counts=True)
-        sums = key.new_zeros((counts.numel(), key.shape[1])).index_add(0, group, key)
-        others = (counts[group] - 1).clamp(min=1)[:, None]
-        mean = (sums[group] - key) / others
-        return (query.double() * mean.double()).sum(-1), counts[group] > 1
+        # Classes are numbered by the order of their labels; as many as rows at most, so that nobody
+        # has to wait for their count.
+        ordered, order = labels.sort()
+        first = torch.ones_like(ordered, dtype=torch.bool)
+        first[1:] = ordered[1:] != ordered[:-1]
+        group = torch.empty_like(order).scatter(0, order, first.cumsum(0) - 1)
+        counts = torch.zeros_like(order).scatter_add(0, group, torch.ones_like(order))[group]
+        sums = torch.zeros_like(key).index_add(0, group, key)
+        mean = (sums[group] - key) / (counts - 1).clamp(min=1)[:, None]
+        return (query.double() * mean.double()).sum(-1), counts > 1
     every = torch.ones(rows, dtype=torch.bool, device=query.device)
     if positives is None:
         if row_offset < 0 or row_offset + rows > key.shape[0]:
@@ -235,8 +246,11 @@ def _positive_mean(query, key, positives, labels, row_offset: int) -> tuple[Tens
                 f"positives: expected ids in [0, {key.shape[0]}) or -1, got {low} to {high}"
             )
     here = index >= 0
-    dots = (query[:, None, :].double() * key[index.clamp(min=0)].double()).sum(-1)
-    total = torch.where(here, dots, torch.zeros_like(dots)).sum(-1)
+    total = torch.zeros((rows,), dtype=torch.float64, device=query.device)
+    # One positive of every row at a time: [N, d], whatever P is.
+    for own, valid in zip(index.clamp(min=0).unbind(1), here.unbind(1), strict=True):
+        dots = (query.double() * key.index_select(0, own).double()).sum(-1)
+        total = total + torch.where(valid, dots, torch.zeros_like(dots))
     return total / here.sum(-1).clamp(min=1), here.any(-1)
 
 

@@ -6,24 +6,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.torch_feature import ELEMENT_KINDS, KINDS, NORMALIZES
+from ..ops import feature as ops
+from ..ops.common import compute_dtype
+from ..ops.feature import FeatureSpec
 from .checks import check_floats, check_number, same_device
 
-FEATURE_KINDS = (
-    "mse",
-    "normalized_mse",
-    "l1",
-    "smooth_l1",
-    "huber",
-    "cosine",
-    "margin_cosine",
-    "log_sigmoid_cosine",
-)
-# One value a vector; the others have one an element.
-_VECTOR_KINDS = ("normalized_mse", "cosine", "margin_cosine", "log_sigmoid_cosine")
-_NORM_FLOOR = 1e-12
+FEATURE_KINDS = KINDS
 
 
 def feature(
@@ -41,8 +32,12 @@ def feature(
 ) -> Tensor:
     """Distance between student and teacher vectors, token by token.
 
+    Normalisation, distance and sum are one kernel that reads each side once ("standardize": twice)
+    and keeps nothing; backward reads again and writes the gradients in the inputs' dtype.
+
     Args:
-        student, teacher: [..., d] of one shape; float32, float16, bfloat16 or float64.
+        student, teacher: [..., d] of one shape; float32, float16, bfloat16 or float64, computed in
+            float32 (float64). The teacher gets a gradient only where it requires one.
         kind: "mse" (s - t)^2, "l1" |s - t|, "smooth_l1" and "huber" (beta) per element;
             "normalized_mse" |s/|s| - t/|t||^2, "cosine" 1 - cos, "margin_cosine"
             max(1 - margin - cos, 0), "log_sigmoid_cosine" -log sigmoid(cos) per vector. Norms are
@@ -51,7 +46,8 @@ def feature(
             "standardize" (over the tokens of each entry of the leading dimensions but the last:
             mean 0, standard deviation 1 + 1e-6).
         mask: bool [...]; False vectors do not count and are never read.
-        weight: float [...] or [..., d], with gradient; multiplies the values. Weight 0 counts.
+        weight: float [...], or [..., d] for the kinds of elements, with gradient; multiplies the
+            values. Weight 0 counts.
         beta, margin: see the kinds.
         reduction: "mean" over the selected elements (vectors for the kinds of vectors), "sum" or
             "none".
@@ -63,46 +59,81 @@ def feature(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    s, t, mask = _vectors(student, teacher, mask)
+    s, t, mask, leading = _vectors(student, teacher, mask)
     if kind not in FEATURE_KINDS:
         raise ValueError(f"kind: expected one of {', '.join(FEATURE_KINDS)}, got {kind!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
-    beta = check_number(beta, "beta", positive=True)
-    margin = check_number(margin, "margin")
-    s, t = _normalize(s, normalize, mask), _normalize(t, normalize, mask)
-    value = _values(s, t, kind, beta, margin)
-    if weight is not None:
-        check_floats(weight, "weight")
-        same_device(weight, "weight", s)
-        if weight.shape == s.shape[:-1] and value.dim() == s.dim():
-            weight = weight[..., None]
-        elif weight.shape != value.shape:
-            raise ValueError(
-                f"weight: expected shape {tuple(s.shape[:-1])} or {tuple(value.shape)}, got "
-                f"{tuple(weight.shape)}"
-            )
-        value = value * weight.to(value.dtype)
-    on = None
-    if mask is not None:
-        on = mask if value.dim() == mask.dim() else mask[..., None]
-        value = torch.where(on, value, torch.zeros_like(value))
+    if normalize not in (None, *NORMALIZES[1:]):
+        raise ValueError(f"normalize: expected l2, layer_norm or standardize, got {normalize!r}")
+    if normalize == "standardize" and not leading:
+        raise ValueError("normalize: standardize needs tokens [..., N, d]")
+    elementwise = kind in ELEMENT_KINDS
+    groups = 1
+    for size in leading[:-1]:
+        groups *= size
+    spec = FeatureSpec(
+        kind,
+        normalize or "none",
+        max(groups, 1),
+        check_number(beta, "beta", positive=True),
+        check_number(margin, "margin"),
+        elementwise and reduction == "none",
+    )
+    row_weight, element_weight = _weights(weight, s, leading, elementwise)
+    inside = None if spec.elements or not elementwise else element_weight
+    value = ops.feature(s, t, mask, inside, spec)
+    dtype = compute_dtype(s)
+    if spec.elements:
+        for factor in (element_weight, None if row_weight is None else row_weight[:, None]):
+            if factor is not None:
+                value = _where(mask, value * factor)
+        return value.view(student.shape)
+    if row_weight is not None:
+        value = _where(mask, value * row_weight)
     if reduction == "none":
-        return value
+        return value.to(dtype).view(leading)
     total = value.sum()
     if reduction == "sum":
-        return total
+        return total.to(dtype)
     if num_items is not None:
         items = num_items
         if not isinstance(items, Tensor):
             items = check_number(items, "num_items", positive=True)
-        return total / items
-    if on is None:
-        return total / max(value.numel(), 1)
-    return total / (on.sum() * (value.numel() // max(on.numel(), 1))).clamp(min=1)
+        elif items.dim() != 0:
+            raise ValueError(f"num_items: expected a 0-d tensor, got {tuple(items.shape)}")
+        return (total / items).to(dtype)
+    per_row = s.shape[1] if elementwise else 1
+    if mask is None:
+        return (total / max(s.shape[0] * per_row, 1)).to(dtype)
+    return (total / (mask.sum() * per_row).clamp(min=1)).to(dtype)
 
 
-def _vectors(student, teacher, mask) -> tuple[Tensor, Tensor, Tensor | None]:
+def _where(mask: Tensor | None, value: Tensor) -> Tensor:
+    """0 where a vector does not count, whatever its weight."""
+    if mask is None:
+        return value
+    on = mask if value.dim() == 1 else mask[:, None]
+    return torch.where(on, value, torch.zeros_like(value))
+
+
+def _weights(weight, s: Tensor, leading, elementwise: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(weights of rows (N,) float64, weights of elements (N, d)); one of them at most."""
+    if weight is None:
+        return None, None
+    check_floats(weight, "weight")
+    same_device(weight, "weight", s)
+    if weight.shape == leading:
+        return weight.reshape(-1).to(compute_dtype(s) if elementwise else torch.float64), None
+    full = (*leading, s.shape[1])
+    if elementwise and tuple(weight.shape) == full:
+        return None, weight.to(compute_dtype(s)).reshape(s.shape)
+    expected = f"{tuple(leading)} or {full}" if elementwise else f"{tuple(leading)}"
+    raise ValueError(f"weight: expected shape {expected}, got {tuple(weight.shape)}")
+
+
+def _vectors(student, teacher, mask) -> tuple[Tensor, Tensor, Tensor | None, torch.Size]:
+    """(N, d) of one dtype, contiguous; the mask (N,); the leading shape."""
     check_floats(student, "student")
     check_floats(teacher, "teacher")
     if student.dim() < 1 or student.shape[-1] < 1:
@@ -113,57 +144,20 @@ def _vectors(student, teacher, mask) -> tuple[Tensor, Tensor, Tensor | None]:
             f"{tuple(teacher.shape)}; a kd.Projector maps one width to another"
         )
     same_device(teacher, "teacher", student)
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    s, t = student.to(dtype), teacher.to(dtype)
+    leading = student.shape[:-1]
+    dtype = student.dtype
+    if teacher.dtype != dtype:
+        double = torch.float64 in (dtype, teacher.dtype)
+        dtype = torch.float64 if double else torch.float32
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError("mask: expected a bool tensor")
-        if mask.shape != student.shape[:-1]:
-            raise ValueError(
-                f"mask: expected shape {tuple(student.shape[:-1])}, got {tuple(mask.shape)}"
-            )
+        if mask.shape != leading:
+            raise ValueError(f"mask: expected shape {tuple(leading)}, got {tuple(mask.shape)}")
         same_device(mask, "mask", student)
-        s = torch.where(mask[..., None], s, torch.zeros_like(s))
-        t = torch.where(mask[..., None], t, torch.zeros_like(t))
-    return s, t, mask
-
-
-def _normalize(x: Tensor, how: str | None, mask: Tensor | None) -> Tensor:
-    if how is None:
-        return x
-    if how == "l2":
-        return F.normalize(x, dim=-1, eps=_NORM_FLOOR)
-    if how == "layer_norm":
-        return F.layer_norm(x, x.shape[-1:])
-    if how != "standardize":
-        raise ValueError(f"normalize: expected l2, layer_norm or standardize, got {how!r}")
-    if x.dim() < 2:
-        raise ValueError("normalize: standardize needs tokens [..., N, d]")
-    on = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
-    count = on.sum(-2, keepdim=True).clamp(min=1)
-    centred = (x - (x * on).sum(-2, keepdim=True) / count) * on
-    deviation = (centred.square().sum(-2, keepdim=True) / count).sqrt()
-    return centred / (deviation + 1e-6)
-
-
-def _values(s: Tensor, t: Tensor, kind: str, beta: float, margin: float) -> Tensor:
-    if kind == "mse":
-        return (s - t).square()
-    if kind == "l1":
-        return (s - t).abs()
-    if kind == "smooth_l1":
-        return F.smooth_l1_loss(s, t, reduction="none", beta=beta)
-    if kind == "huber":
-        return F.huber_loss(s, t, reduction="none", delta=beta)
-    s, t = (F.normalize(x, dim=-1, eps=_NORM_FLOOR) for x in (s, t))
-    if kind == "normalized_mse":
-        return (s - t).square().sum(-1)
-    cosine = (s * t).sum(-1)
-    if kind == "cosine":
-        return 1 - cosine
-    if kind == "margin_cosine":
-        return (1 - margin - cosine).clamp(min=0)
-    return -F.logsigmoid(cosine)
+        mask = mask.reshape(-1)
+    s, t = (x.to(dtype).reshape(-1, x.shape[-1]).contiguous() for x in (student, teacher))
+    return s, t, mask, leading
 
 
 class LayerMatch(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import settings
+from ..inputs import TopK
 from ..ops import gromov as ops
 from .checks import check_floats, check_number, same_device
 
@@ -18,7 +19,7 @@ REDUCTIONS = ("none", "sum", "mean")
 
 def graph_on_logits(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK,
     *,
     k: int = 10,
     standardize: str | None = "vocab",
@@ -50,6 +51,8 @@ def graph_on_logits(
         student: logits [..., T, V]; float32, float16, bfloat16 or float64.
         teacher: logits [..., T', V'], the student's leading shape (scope "batch": any); dtypes are
             independent, float64 goes with float64. Gets a gradient only where it requires one.
+            Or `TopK` with at least k entries a row, whose logits are kept or follow from lse; only
+            with standardize=None, for K entries do not tell their vocabulary's mean and deviation.
         k: logits kept at each position, 1 to min(V, V', 4096). Default 10, the best of InfiFusion's
             sweep.
         standardize: "vocab": z-score each position with the mean and the population deviation
@@ -98,7 +101,7 @@ def graph_on_logits(
 
 def match_graphs(
     student: Tensor,
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Tensor | TopK],
     teacher_masks: Sequence[Tensor | None],
     names: Sequence[str],
     weights: Sequence[float] | Tensor | None,
@@ -121,6 +124,8 @@ def match_graphs(
     if teacher_temperature is not None:
         teacher_tau = check_number(teacher_temperature, "teacher_temperature", positive=True)
     _check_logits(student, "student", k, standardize)
+    given = teachers
+    teachers = [_dense(t, name, k, standardize) for t, name in zip(given, names)]
     for teacher, name in zip(teachers, names):
         _check_logits(teacher, name, k, standardize)
         same_device(teacher, name, student)
@@ -147,6 +152,8 @@ def match_graphs(
                 )
             teacher_mask = mask
         teacher_mask = _check_mask(teacher_mask, "teacher_mask", teacher)
+        if isinstance(given[i], TopK):
+            _check_present(given[i], teacher_mask, names[i], k)
         f_teacher, has_teacher = _features(teacher, teacher_mask, scope, teacher_tau, options)
         loss = _match(f_student, f_teacher, p, _both(has_student, has_teacher), reduction)
         loss = loss if weights is None else weights[i] * loss
@@ -219,6 +226,35 @@ def _check_choices(k, standardize, aggregate, p, scope, reduction) -> bool:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     return aggregate == "mean"
+
+
+def _dense(teacher: Tensor | TopK, name: str, k: int, standardize: str | None) -> Tensor:
+    """A TopK as rows of K logits."""
+    if not isinstance(teacher, TopK):
+        return teacher
+    if standardize is not None:
+        raise ValueError(
+            f"standardize: z-scores need the whole vocabulary and {name} is a TopK; use "
+            "standardize=None, or dense logits"
+        )
+    entries = teacher.values.shape[-1]
+    if k > entries:
+        raise ValueError(f"k: {k} is more than the {entries} entries of the {name}")
+    return teacher.logits(name)
+
+
+def _check_present(given: TopK, mask: Tensor | None, name: str, k: int) -> None:
+    """Every selected row has k entries (on CPU in eager mode; elsewhere its graph is NaN)."""
+    if given.indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    present = (given.indices >= 0).sum(-1)
+    if mask is not None:
+        present = present[mask]
+    if present.numel() and int(present.min()) < k:
+        raise ValueError(
+            f"{name}: expected at least k = {k} entries in every selected row, got one with "
+            f"{int(present.min())}"
+        )
 
 
 def _check_logits(logits: Tensor, name: str, k: int, standardize: str | None) -> None:

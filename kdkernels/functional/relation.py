@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from ..backends import relation_spec as R
-from ..backends.registry import pick
 from ..backends.relation_spec import RelationSpec
 from ..ops import relation as ops
+from ..ops.relation_stream import kernels_for
 from . import relation_closed as closed
 from .checks import check_floats, check_number, same_device
 from .relation_inputs import (
     Graphs,
     block_ids,
     graphs_of,
+    half_code,
     normalised,
     selection_of,
     without_masked,
@@ -140,6 +141,7 @@ def relation(
         clamped=float(clamp is not None),
         clamp=clamp or 0.0,
         label_mix=label_mix,
+        half=half_code(student, teacher) if similarity == "dot" else 0.0,
     )
     whole = product and not (causal or exclude_diagonal or block is not None)
     if kind in ("angle", "cka") and not whole:
@@ -156,16 +158,12 @@ def relation(
 
 
 def _one_direction(kind, s: Graphs, t: Graphs, scales, spec, selection, whole, reducer) -> Tensor:
-    clamped = bool(spec.clamped)
-    dense = not torch.compiler.is_compiling() and not hasattr(
-        pick("relation", s.q.device.type), "relation_rows"
-    )
+    exact = kind == "gram_row_l2" or (kind == "mse" and reducer.mode == "graph")
     if (
-        whole
-        and not clamped
-        and not dense
-        and (kind == "mse" or kind == "gram_row_l2")
-        and (kind == "gram_row_l2" or reducer.mode == "graph")
+        exact
+        and whole
+        and not spec.clamped
+        and (torch.compiler.is_compiling() or kernels_for(kind, s.q, t.q) is not None)
         and closed.is_cheaper(s, t)
     ):
         form = closed.mse if kind == "mse" else closed.gram_row_l2

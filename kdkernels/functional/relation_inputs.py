@@ -69,6 +69,14 @@ def graphs_of(side: Tensor | tuple[Tensor, Tensor], argument: str, heads: int | 
     return Graphs(q, k, leading, q.dtype)
 
 
+def half_code(*sides: Tensor | tuple[Tensor, Tensor] | None) -> float:
+    """RelationSpec.half of tokens that are multiplied as they are: the half type that all share."""
+    tensors = [x for side in sides for x in (side if isinstance(side, (tuple, list)) else (side,))]
+    dtypes = {x.dtype for x in tensors if x is not None}
+    shared = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return float(R.HALVES.index(shared)) if shared in R.HALVES else 0.0
+
+
 def _fits(leading: tuple[int, ...], graphs: Graphs) -> bool:
     """Whether these dimensions are the first of the tokens' leading ones, or 1."""
     if len(leading) > len(graphs.leading):

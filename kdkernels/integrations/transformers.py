@@ -20,8 +20,9 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.utils import logging
 
 from ._step_loss import IGNORE_INDEX, StepLoss, label_loss_sum, logits_of
+from .capture import capture, split_heads
 
-__all__ = ["DistillationTrainer"]
+__all__ = ["DistillationTrainer", "capture", "split_heads"]
 
 logger = logging.get_logger(__name__)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.gromov import match_graphs
+from ..inputs import TopK
 from .registry import register
 from .selection import selected, wide
 from .uld import ULDLoss
@@ -61,7 +62,7 @@ class GraphOnLogitsLoss(nn.Module):
     def forward(
         self,
         student: Tensor,  # (..., T, V)
-        teacher: Tensor | Sequence[Tensor],  # (..., T', V'), or a list of K
+        teacher: Tensor | TopK | Sequence[Tensor | TopK],  # (..., T', V'), or a list of K
         labels: Tensor | None = None,  # (..., T) int64
         *,
         mask: Tensor | None = None,  # (..., T) bool
@@ -71,7 +72,7 @@ class GraphOnLogitsLoss(nn.Module):
     ) -> Tensor:
         """0-d loss. Without teacher_mask and teacher_labels the teachers' rows are selected as the
         student's, position by position."""
-        single = isinstance(teacher, Tensor)
+        single = isinstance(teacher, (Tensor, TopK))
         teachers = [teacher] if single else list(teacher)
         count = len(teachers)
         if count == 0:
@@ -83,7 +84,10 @@ class GraphOnLogitsLoss(nn.Module):
             chosen = selected(student, labels, mask, student.dim() - 1)
         masks = _each(teacher_mask, count, "teacher_mask")
         marks = _each(teacher_labels, count, "teacher_labels")
-        rows = [_rows(t, y, m, chosen) for t, y, m in zip(teachers, marks, masks)]
+        if self.uld_weight and any(isinstance(t, TopK) for t in teachers):
+            raise ValueError("uld_weight: the ULD term needs dense teacher logits, got a TopK")
+        shapes = [t.values if isinstance(t, TopK) else t for t in teachers]
+        rows = [_rows(t, y, m, chosen) for t, y, m in zip(shapes, marks, masks)]
         loss = match_graphs(
             student,
             teachers,

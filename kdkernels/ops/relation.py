@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..backends import relation_spec as R
-from ..backends.registry import pick
 from ..backends.relation_spec import RelationSpec
 from ..backends.torch_relation import angle_dense, relation_dense, selected_pairs
 from .common import refuse_jvp, refuse_vmap
-from .relation_stream import Selection, stream
+from .relation_stream import Selection, kernels_for, stream
 
 MODES = ("graph", "rows", "pairs")
 _NO_SECOND = "kdkernels.relation has no second derivative"
@@ -112,7 +111,7 @@ class _Again(torch.autograd.Function):
 def _forward(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, mode) -> tuple:
     """(value, rows, pairs, four gradients, two scale gradients); an empty tensor where none."""
     ahead = spec if mode == "graph" else spec._replace(need_student=0.0, need_teacher=0.0)
-    if not _has_kernels(q_s):
+    if not _has_kernels(kind, q_s, q_t):
         return _dense_forward(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, ahead, selection, mode)
     found = stream(
         q_s, k_s, q_t, k_t, scale_s, scale_t, kind, ahead, selection, want_pairs=mode == "pairs"
@@ -142,7 +141,7 @@ def _scaled(needs, upstream: Tensor, prepared) -> tuple:
 
 
 def _again(upstream, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, mode) -> tuple:
-    if not _has_kernels(q_s):
+    if not _has_kernels(kind, q_s, q_t):
         tensors = (q_s, k_s, q_t, k_t, scale_s, scale_t)
         return _dense_gradients(tensors, upstream, kind, spec, selection, mode)[1]
     weight = upstream.to(q_s.dtype)
@@ -342,8 +341,8 @@ def _dense_forward(q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, 
     return (*found, *inputs, *scales)
 
 
-def _has_kernels(q_s: Tensor) -> bool:
-    return hasattr(pick("relation", q_s.device.type), "relation_rows")
+def _has_kernels(kind: str, q_s: Tensor, q_t: Tensor | None) -> bool:
+    return kernels_for(kind, q_s, q_t) is not None
 
 
 def relation(
@@ -366,7 +365,7 @@ def relation(
         need_student=float(recording and (needs[0] or needs[1] or needs[4])),
         need_teacher=float(recording and (needs[2] or needs[3] or needs[5])),
     )
-    if not torch.compiler.is_compiling() and not _has_kernels(q_s):
+    if not torch.compiler.is_compiling() and not _has_kernels(kind, q_s, q_t):
         return _dense(*tensors, kind, spec, selection, mode)
     if torch.compiler.is_compiling():
         found = torch.ops.kdkernels.relation(*tensors, *selection, kind, list(spec), mode)

@@ -7,13 +7,14 @@ are as deterministic as torch's matrix products.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import relation_spec as R
-from ..backends.registry import pick
+from ..backends.registry import pick, pick_any, settings
 from ..backends.relation_spec import RelationSpec
 from .common import empty
 
@@ -57,20 +58,58 @@ def chunk_shape(graphs: int, rows: int, columns: int, device: str) -> tuple[int,
     return max(1, min(graphs, entries // max(rows * columns, 1))), height
 
 
+def kernels_for(kind: str, q_s: Tensor, q_t: Tensor | None) -> ModuleType | None:
+    """The backend whose kernels serve this relation; None: the dense torch reference does.
+
+    Raises:
+        RuntimeError, ValueError: the backend that was asked for does not serve it.
+    """
+    streamed = kind in R.SOFTMAX_KINDS or kind == "log_sum_exp"
+    families = ("relation", "softmax_relation") if streamed else ("relation",)
+    backend = pick_any(families, q_s.device.type)
+    if hasattr(backend, "relation_rows"):
+        return backend
+    if not hasattr(backend, "softmax_relation"):
+        return None
+    fits = _widest(q_s, q_t) <= R.WIDEST and q_s.dtype == torch.float32
+    return backend if fits or settings().backend is not None else None
+
+
+def _widest(q_s: Tensor, q_t: Tensor | None) -> int:
+    return max(q_s.shape[-1], 0 if q_t is None else q_t.shape[-1])
+
+
+def _takes_tiles(backend, kind: str, q_s: Tensor, q_t: Tensor | None, spec) -> bool:
+    """Whether the tile kernel serves: the only one there is, or half tokens on tensor cores."""
+    if not hasattr(backend, "softmax_relation"):
+        return False
+    if not hasattr(backend, "relation_rows"):
+        return True
+    streamed = kind in R.SOFTMAX_KINDS or kind == "log_sum_exp"
+    if not (streamed and spec.half and q_s.dtype == torch.float32):
+        return False
+    capable = q_s.device.type != "cuda" or torch.cuda.get_device_capability(q_s.device) >= (8, 0)
+    return capable and _widest(q_s, q_t) <= R.WIDEST and 0 < q_s.shape[0] <= 65535
+
+
 class _Side:
-    """One side of the relation: its products and where their gradients go."""
+    """One side of the relation: its products and where their gradients go.
+
+    Every row of queries belongs to one chunk, so its gradient is written, not added. The keys' is
+    added up transposed, (d, M), which is the faster layout of that product on the CPU (a quarter).
+    """
 
     def __init__(self, q: Tensor, k: Tensor | None, need: bool, symmetric: bool):
         self.q, self.k = q, q if k is None else k
         self.itself, self.symmetric = k is None, symmetric and k is None
-        self.dq = self.dk = None
-        if need:
-            self.dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-            self.dk = (
-                self.dq
-                if self.itself
-                else torch.zeros_like(k, memory_format=torch.contiguous_format)
-            )
+        self.dq = self.dk = self.turned = None
+        if not need:
+            return
+        self.dq = empty(tuple(q.shape), q.dtype, q.device)
+        if not self.symmetric:
+            graphs, columns, width = self.k.shape
+            make = torch.zeros if q.shape[1] == 0 else torch.empty
+            self.turned = make((graphs, width, columns), dtype=q.dtype, device=q.device)
 
     def products(self, graphs: slice, rows: slice, out: Tensor) -> None:
         q, k = self.q[graphs, rows], self.k[graphs]
@@ -83,22 +122,45 @@ class _Side:
         """Adds the share of d(sum) / d(products) (h, r, M) of one chunk."""
         if self.dq is None:
             return
-        q, k = self.q[graphs, rows], self.k[graphs]
-        dq, dk = self.dq[graphs, rows], self.dk[graphs]
+        q, k, dq = self.q[graphs, rows], self.k[graphs], self.dq[graphs, rows]
         factor = 2.0 if self.symmetric else 1.0
+        turned = None if self.turned is None else self.turned[graphs]
+        # What stood there before the first rows is not read.
+        beta = 0.0 if rows.start == 0 else 1.0
         if q.shape[0] == 1:
-            dq[0].addmm_(gradient[0], k[0], alpha=factor)
-            if not self.symmetric:
-                dk[0].addmm_(gradient[0].t(), q[0])
+            dq[0].addmm_(gradient[0], k[0], beta=0.0, alpha=factor)
+            if turned is not None:
+                turned[0].addmm_(q[0].t(), gradient[0], beta=beta)
         else:
-            dq.baddbmm_(gradient, k, alpha=factor)
-            if not self.symmetric:
-                dk.baddbmm_(gradient.mT, q)
+            dq.baddbmm_(gradient, k, beta=0.0, alpha=factor)
+            if turned is not None:
+                turned.baddbmm_(q.mT, gradient, beta=beta)
+
+    def finish(self) -> None:
+        """After the last chunk: the keys' gradient in the layout of the keys."""
+        if self.turned is None:
+            return
+        if self.itself:
+            self.dq += self.turned.mT
+            self.dk = self.dq
+        else:
+            self.dk = self.turned.mT.contiguous()
+        self.turned = None
+
+
+class _DistanceSide(_Side):
+    """The same for weights W of differences: d value = sum W_ij <q_i - k_j, d(q_i - k_j)>."""
+
+    def __init__(self, q: Tensor, k: Tensor | None, need: bool):
+        super().__init__(q, k, False, False)
+        if need:
+            self.dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+            self.dk = self.dq if self.itself else torch.zeros_like(self.k)
 
     def accumulate_differences(
         self, weights: Tensor, row_sums: Tensor, graphs: slice, rows: slice
     ) -> None:
-        """The same for d value = sum W_ij <q_i - k_j, d(q_i - k_j)>: the distance kinds."""
+        """Adds the share of one chunk."""
         if self.dq is None:
             return
         q, k = self.q[graphs, rows], self.k[graphs]
@@ -181,6 +243,9 @@ def _walk(
                 student.accumulate(products_s, g, r)
                 if teacher is not None:
                     teacher.accumulate(products_t, g, r)
+    student.finish()
+    if teacher is not None:
+        teacher.finish()
 
 
 def stream(
@@ -206,6 +271,11 @@ def stream(
     need_s, need_t = bool(spec.need_student), bool(spec.need_teacher)
     graphs, rows = q_s.shape[:2]
     columns = rows if k_s is None else k_s.shape[1]
+    backend = kernels_for(kind, q_s, q_t)
+    if pair_weight is None and not want_pairs and _takes_tiles(backend, kind, q_s, q_t, spec):
+        return _tiles(
+            backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight
+        )
     if kind == "angle":
         return _angle(q_s, q_t, spec, selection, row_weight)
     if kind == "distance":
@@ -245,6 +315,47 @@ def stream(
     )
 
 
+def _tiles(
+    backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight
+) -> Streamed:
+    """The softmax kinds by a kernel that makes and uses up the maps in tiles."""
+    need_s, need_t = bool(spec.need_student), bool(spec.need_teacher) and q_t is not None
+    graphs, rows = q_s.shape[:2]
+    columns = rows if k_s is None else k_s.shape[1]
+    own = (q_s, q_s if k_s is None else k_s, q_t, q_t if k_t is None else k_t)
+    gradients = [
+        empty(tuple(x.shape), torch.float32, x.device) if need else None
+        for x, need in zip(own, (need_s, need_s, need_t, need_t))
+    ]
+    report = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
+    if graphs * rows == 0 or columns == 0:
+        for x in (report, *gradients):
+            if x is not None:
+                x.zero_()
+    else:
+        # The numbers of half tokens are the same in their own dtype; Triton's kernel takes float32.
+        half = R.HALVES[int(spec.half)] if hasattr(backend, "relation_rows") else torch.float32
+        statistics = empty((graphs, rows, R.STATISTICS), torch.float32, q_s.device)
+        if q_s.dtype == torch.float32:
+            own = tuple(None if x is None else x.to(half).contiguous() for x in own)
+        backend.softmax_relation(
+            *own,
+            scale_s,
+            scale_t,
+            *selection,
+            row_weight,
+            report,
+            statistics,
+            *gradients,
+            spec._replace(kind=float(R.CODES[kind])),
+        )
+    for queries, other in ((0, k_s), (2, k_t)):
+        if other is None and gradients[queries] is not None:
+            gradients[queries] += gradients[queries + 1]
+            gradients[queries + 1] = None
+    return Streamed(report, *gradients, None)
+
+
 def _squared_norms(q_s, k_s, q_t, k_t) -> Tensor:
     """(4, H, max(N, M)): of student rows and columns, teacher rows and columns."""
     parts = [q_s, q_s if k_s is None else k_s, q_t, q_t if k_t is None else k_t]
@@ -265,13 +376,13 @@ def _distance(q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight)
     graphs, rows = q_s.shape[:2]
     norms = _squared_norms(q_s, k_s, q_t, k_t)
     scales = (scale_s, scale_t)
-    first = _Side(q_s, k_s, need_s, False), _Side(q_t, k_t, need_t, False)
+    first = _DistanceSide(q_s, k_s, need_s), _DistanceSide(q_t, k_t, need_t)
     sums = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
     _walk(*first, scales, "distance_sum", spec, selection, sums, norms=norms)
     total = sums.sum(1)  # (H, ROW)
     count = total[:, R.POSITIVE_S : R.POSITIVE_T + 1].clamp(min=1)
     means = (total[:, R.SUM_S : R.SUM_T + 1] / count).contiguous()
-    second = _Side(q_s, k_s, need_s, False), _Side(q_t, k_t, need_t, False)
+    second = _DistanceSide(q_s, k_s, need_s), _DistanceSide(q_t, k_t, need_t)
     out = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
     _walk(*second, scales, "distance", spec, selection, out, norms=norms, means=means)
     squared = means.square() * count
