@@ -146,7 +146,7 @@ def plan(shape: tuple[int, int, int], settings: Settings) -> list[Variant]:
 
     def geomloss() -> Step:
         solve = _module("geomloss.ot").solve_batch
-        return Step(lambda: solve(cost, EPSILON, a, a, max_iter=ITERATIONS).plan)
+        return Step(lambda: solve(cost, reg=EPSILON, a=a, b=a, max_iter=ITERATIONS).plan)
 
     found = [
         Variant(OURS, lambda: Step(ours)),
