@@ -43,9 +43,9 @@ def sinkhorn(
 
     With K = exp(-cost / epsilon) and scalings that start at one (zero where a marginal is zero),
     one iteration is u = a / (K v), v = b / (K' u); the plan is P = diag(u) K diag(v) =
-    a b exp((f + g - cost) / epsilon). Nothing overflows or underflows, whatever epsilon is. The same
-    bits for any number of threads; eight problems and more over one cost that is far from underflow
-    are iterated by GEMMs on CPU, and those are as deterministic as torch's.
+    a b exp((f + g - cost) / epsilon). Nothing overflows or underflows, whatever epsilon is. The
+    bits do not depend on the number of threads; eight problems and more over one cost that is far
+    from underflow are iterated by GEMMs on CPU, which are as deterministic as torch's.
 
     Args:
         cost: [N, M], or [B, N, M] for a batch; float dtypes. +inf forbids an entry.
