@@ -6,6 +6,7 @@ from .backends import backends, debug, use_backend
 from .functional import (
     LayerMatch,
     Projector,
+    TokenStats,
     contrastive,
     divergence,
     feature,
@@ -13,6 +14,8 @@ from .functional import (
     graph_on_logits,
     gromov_wasserstein,
     jensen_shannon,
+    kl_estimate,
+    label_log_probs,
     match_layers,
     plackett_luce,
     ranking,
@@ -23,10 +26,11 @@ from .functional import (
     sinkhorn_divergence,
     sliced_gromov_wasserstein,
     sorted_transport,
+    token_stats,
     total_variation,
     transport,
 )
-from .inputs import TopK
+from .inputs import STUDENT, Clip, LogitMix, Mapped, ProbMix, TopK
 from .losses.registry import catalogue, loss
 
 try:
@@ -35,8 +39,14 @@ except _metadata.PackageNotFoundError:  # a source tree that was built in place
     __version__ = "0+source"
 
 __all__ = [
+    "STUDENT",
+    "Clip",
     "LayerMatch",
+    "LogitMix",
+    "Mapped",
+    "ProbMix",
     "Projector",
+    "TokenStats",
     "TopK",
     "backends",
     "catalogue",
@@ -48,6 +58,8 @@ __all__ = [
     "graph_on_logits",
     "gromov_wasserstein",
     "jensen_shannon",
+    "kl_estimate",
+    "label_log_probs",
     "loss",
     "match_layers",
     "plackett_luce",
@@ -59,6 +71,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sliced_gromov_wasserstein",
     "sorted_transport",
+    "token_stats",
     "total_variation",
     "transport",
     "use_backend",

@@ -6,6 +6,7 @@
 namespace kd::binding {
 void bind_common(pybind11::module_& module);
 void bind_divergence(pybind11::module_& module);
+void bind_token_stats(pybind11::module_& module);
 void bind_gromov(pybind11::module_& module);
 void bind_transport(pybind11::module_& module);
 void bind_relation(pybind11::module_& module);

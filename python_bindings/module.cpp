@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
   kd::binding::bind_common(m);
   kd::binding::bind_divergence(m);
+  kd::binding::bind_token_stats(m);
   kd::binding::bind_gromov(m);
   kd::binding::bind_transport(m);
   kd::binding::bind_relation(m);

@@ -8,6 +8,7 @@ import torch
 
 import kdkernels as kd
 
+FAMILY = "transport"
 on_backends = pytest.mark.parametrize("backend", ("torch", "cpu", "simt", "cuda"), indirect=True)
 
 
@@ -216,6 +217,24 @@ def test_autograd_compile_functorch_opcheck():
         torch.ops.kdkernels.sorted_transport.default,
         (z, a, None, None, None, None, None, 1.0, 1.0),
     )
+
+
+def test_float16_gradient_keeps_what_the_loss_scale_saves():
+    z, a = rows(3000, 3000, torch.float16, "cpu", std=2.0)
+    (grad,) = torch.autograd.grad(65536.0 * kd.sorted_transport(z, a), z)
+    own = z.detach().float().requires_grad_()
+    (want,) = torch.autograd.grad(65536.0 * kd.sorted_transport(own, a), own)
+    torch.testing.assert_close(grad, want.half(), rtol=2e-3, atol=1e-6)
+
+
+def test_second_derivatives_are_refused_by_name():
+    z, a = rows(20, 30, torch.float64, "cpu")
+    for reduction in ("mean", "none"):
+        (grad,) = torch.autograd.grad(
+            kd.sorted_transport(z, a, reduction=reduction).sum(), z, create_graph=True
+        )
+        with pytest.raises(NotImplementedError, match="sorted_transport has no second derivative"):
+            (grad.square().sum() + z.sum()).backward()
 
 
 def test_layouts():

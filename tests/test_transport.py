@@ -4,6 +4,7 @@ float64, finite differences, POT and GeomLoss where they are installed."""
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import kdkernels as kd
 from kdkernels.backends.transport_spec import SinkhornSpec
 
+FAMILY = "transport"
 on_backends = pytest.mark.parametrize("backend", ("torch", "cpu", "simt", "cuda"), indirect=True)
 
 
@@ -166,10 +168,54 @@ def test_small_epsilon_in_float32_is_finite_and_right(backend):
             own = c.detach().double().requires_grad_()
             expected = kd.sinkhorn(own, a.double(), b.double(), epsilon=epsilon, iterations=8)
             (want,) = torch.autograd.grad(expected.sum(), own)
+        if epsilon < 0.01:  # where the exponential domain has no answer
+            assert loop(c.detach(), a.detach(), b.detach(), epsilon, 8)[0].isnan().any()
         # A cost's rounding moves the exponent by 2^-24 max(cost) / epsilon.
         bound = 1e-5 + 40 * 2.0**-24 * 2 / epsilon
         torch.testing.assert_close(value.double(), expected, rtol=bound, atol=bound)
         assert float((grad - want).abs().max()) <= bound * max(1.0, float(want.abs().max()))
+
+
+def log_loop(cost, a, b, epsilon, iterations):
+    """The iterations with torch.logsumexp, as one writes them against underflow."""
+    kernel, log_a, log_b = -cost / epsilon, a.log(), b.log()
+    v = torch.zeros_like(b)
+    for _ in range(iterations):
+        u = log_a - torch.logsumexp(kernel + v[:, None, :], 2)
+        v = log_b - torch.logsumexp(kernel + u[:, :, None], 1)
+    return ((kernel + u[:, :, None] + v[:, None, :]).exp() * cost).sum((1, 2))
+
+
+@pytest.mark.parametrize("epsilon", (1.0, 0.2, 0.05, 0.01, 0.005))
+def test_float32_gradients_are_as_good_as_autograd_through_the_loop(epsilon):
+    """Error against float64 in units of the largest entry, over eight problems."""
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(8, 40, 50, generator=generator)
+    a = torch.randn(8, 40, generator=generator).softmax(-1)
+    b = torch.randn(8, 50, generator=generator).softmax(-1)
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (cost, a, b)]
+        return torch.autograd.grad(function(*leaves).sum(), leaves)
+
+    def literal(*leaves):
+        return log_loop(*leaves, epsilon, 20)
+
+    def ours(*leaves):
+        return kd.sinkhorn(*leaves, epsilon=epsilon, iterations=20)
+
+    exact = gradients(literal, torch.float64)
+    for grad, want in zip(gradients(ours, torch.float64), exact, strict=True):
+        torch.testing.assert_close(grad, want, rtol=0, atol=1e-9 * float(want.abs().max()))
+    for mine, theirs, want in zip(
+        gradients(ours, torch.float32), gradients(literal, torch.float32), exact, strict=True
+    ):
+        scale = float(want.abs().max())
+        error, other = (float((x.double() - want).abs().max()) / scale for x in (mine, theirs))
+        if epsilon >= 0.05:
+            assert error <= 1e-5
+        else:
+            assert error <= 2 * other
 
 
 @on_backends
@@ -453,6 +499,51 @@ def test_compiles_whole(value, gradient):
     )
 
 
+def test_second_derivatives_and_forward_mode_are_refused_by_name():
+    cost, a, b = problem(8, 3, 4)
+    calls = {
+        "kernels": lambda: kd.sinkhorn(cost, a, b, epsilon=0.3, iterations=3),
+        "gemms": lambda: kd.sinkhorn(cost[0], a, b, epsilon=0.3, iterations=3),
+    }
+    for call in calls.values():
+        (grad,) = torch.autograd.grad(call().sum(), cost, create_graph=True)
+        with pytest.raises(NotImplementedError, match="sinkhorn has no second derivative"):
+            (grad.square().sum() + call().sum()).backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(cost.detach(), torch.ones_like(cost))
+        with pytest.raises(NotImplementedError, match="sinkhorn does not support forward-mode"):
+            kd.sinkhorn(dual, epsilon=0.3, iterations=2)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(lambda c: kd.sinkhorn(c, epsilon=0.3, iterations=2))(cost.detach())
+
+
+def test_autocast_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 32, generator=generator) + 3.0
+    y = torch.randn(180, 32, generator=generator).requires_grad_()
+    cost = torch.rand(6, 8, generator=generator).requires_grad_()
+    a, b = (torch.randn(9, n, generator=generator).softmax(-1) for n in (6, 8))
+
+    def run():
+        values = [
+            *(kd.transport(x, y, cost=cost, epsilon=2.0, iterations=2)
+              for cost in ("sqeuclidean", "cosine", "dot_softmax")),
+            kd.sinkhorn(cost, a, b, epsilon=0.1, iterations=3).sum(),
+            kd.sinkhorn_divergence(x, y, blur=0.5),
+        ]  # fmt: skip
+        return torch.stack(values)
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = run()
+    assert torch.equal(mixed, plain)
+    for got, want in zip(
+        torch.autograd.grad(mixed.sum(), (y, cost)), torch.autograd.grad(plain.sum(), (y, cost)),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(got, want)
+
+
 # Points. ----------------------------------------------------------------------------------------
 
 
@@ -518,6 +609,34 @@ def test_assignment():
     assert not kd.sinkhorn_assign(scores.requires_grad_(), 0.05, 1).requires_grad
 
 
+def test_assignment_over_a_group(monkeypatch):
+    """Two ranks as two threads, whose all-reduce meets at a barrier."""
+    scores = torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    barrier, shares, results = threading.Barrier(2), {}, {}
+    rank = threading.local()
+
+    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM, group=None):
+        shares[rank.index] = tensor.clone()
+        barrier.wait(timeout=20)
+        both = torch.stack([shares[0], shares[1]])
+        tensor.copy_(both.amax(0) if op == torch.distributed.ReduceOp.MAX else both.sum(0))
+        barrier.wait(timeout=20)
+
+    def run(index):
+        rank.index = index
+        part = scores[:3] if index == 0 else scores[3:]
+        results[index] = kd.sinkhorn_assign(part, 0.1, 3, group="a group")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    whole = kd.sinkhorn_assign(scores, 0.1, 3)
+    torch.testing.assert_close(torch.cat([results[0], results[1]]), whole)
+
+
 # Witnesses. -------------------------------------------------------------------------------------
 
 
@@ -563,6 +682,25 @@ def test_geomloss(p, reach, debias):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", ("discs", "line"))
+def test_geomloss_own_examples(shape):
+    """Two clouds in the unit square and on the line, as in its gallery, in float32."""
+    geomloss = pytest.importorskip("geomloss")
+    generator = torch.Generator().manual_seed(0)
+    if shape == "discs":
+        x = torch.randn(60, 2, generator=generator) * 0.05 + torch.tensor([0.3, 0.4])
+        y = torch.randn(50, 2, generator=generator) * 0.1 + torch.tensor([0.7, 0.6])
+    else:
+        x, y = torch.linspace(0.1, 0.4, 40)[:, None], torch.linspace(0.5, 0.9, 40)[:, None]
+    for options in ({}, {"p": 1}, {"blur": 0.1, "scaling": 0.9}, {"reach": 0.3}):
+        x = x.detach().requires_grad_()
+        theirs = geomloss.SamplesLoss("sinkhorn", backend="tensorized", **options)(x, y)
+        ours = kd.sinkhorn_divergence(x, y, **options)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        got, want = (torch.autograd.grad(value, x)[0] for value in (ours, theirs))
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
 def test_divergence_of_equal_clouds_is_zero():
     x = torch.rand(8, 3, requires_grad=True)
     value = kd.sinkhorn_divergence(x, x.detach().clone())
@@ -592,6 +730,8 @@ def test_divergence_of_equal_clouds_is_zero():
         ({"a": torch.full((3,), 1.0), "b": torch.full((4,), 1.0)}, "b:"),
         ({"a": torch.full((3,), 2.0)}, "b:"),
         ({"a": torch.full((5,), 0.2)}, "a:"),
+        ({"a": torch.tensor([-1.0, 1.0, 1.0]), "reach": 1.0}, "a:"),
+        ({"a": torch.zeros(3)}, "b:"),
         ({"student_lengths": torch.tensor([4])}, "student_lengths"),
         ({"teacher_lengths": torch.tensor([-1])}, "teacher_lengths"),
         ({"cost": torch.rand(3)}, "cost"),

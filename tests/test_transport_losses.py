@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,10 +182,91 @@ def test_opta_and_feature_transport():
     assert torch.autograd.grad(value, x)[0].isfinite().all()
 
 
+class Head(NamedTuple):
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+def kl(teacher, student):
+    """KL(teacher, student) of rows of logits at tau 2."""
+    p, q = (teacher / 2).log_softmax(-1), (student / 2).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def nll(logits, labels):
+    return -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+
+
+def test_dskd():
+    h_s, w_s = randn(2, 4, 3).requires_grad_(), randn(7, 3, seed=1).requires_grad_()
+    h_t, w_t, bias = randn(2, 4, 5, seed=2), randn(7, 5, seed=3), randn(7, seed=4)
+    labels = torch.tensor([[1, 2, -100, 3], [0, -100, 6, 5]])
+    loss = kd.loss("dskd", student_dim=3, teacher_dim=5, alpha=0.3).double()
+    to_student, to_teacher = loss.teacher_to_student, loss.student_to_teacher
+    ours = loss(Head(h_s, w_s), Head(h_t, w_t, bias), labels)
+    own, theirs = h_s @ w_s.T, h_t @ w_t.T + bias
+    in_student = to_student(h_t) @ w_s.detach().T
+    in_teacher = to_teacher(h_s) @ w_t.T + bias
+    rows = 0.7 * nll(own, labels) + 0.3 * (
+        nll(in_student, labels) + kl(in_student.detach(), own) + kl(theirs, in_teacher)
+    )
+    expected = rows[labels != -100].mean()
+    leaves = (h_s, w_s, to_student.map.weight, to_teacher.map.weight)
+    gradients_agree(ours, expected, *leaves)
+    with pytest.raises(TypeError, match="teacher: expected a head"):
+        loss(Head(h_s, w_s), theirs, labels)
+    with pytest.raises(ValueError, match="labels"):
+        loss(Head(h_s, w_s), Head(h_t, w_t))
+
+
+def test_dskd_cma():
+    h_s, w_s = randn(2, 4, 3).requires_grad_(), randn(7, 3, seed=1).requires_grad_()
+    h_t, w_t = randn(2, 6, 5, seed=2), randn(9, 5, seed=3)
+    e_s, e_t = randn(2, 4, 6, seed=4), randn(2, 6, 10, seed=5)
+    labels = torch.tensor([[1, 2, -100, 3], [0, -100, 6, 5]])
+    teacher_labels = torch.tensor([[1, 2, 3, -100, 8, 8], [-100, 0, 1, 2, 3, -100]])
+    loss = kd.loss("dskd_cma", student_dim=3, teacher_dim=5).double()
+    extras = {"teacher_labels": teacher_labels, "student_embeddings": e_s,
+              "teacher_embeddings": e_t}  # fmt: skip
+    valid, teacher_valid = labels != -100, teacher_labels != -100
+
+    def literal():
+        align = loss.query(e_s) @ (e_t / e_t.std()).mT / 10**0.5
+        align = align.masked_fill(~(valid[:, :, None] & teacher_valid[:, None, :]), -1e5)
+        target = e_t[..., 5:]
+        values = loss.teacher_to_student(h_t / h_t.std() + target / target.std())
+        in_student = align.softmax(-1) @ values @ w_s.detach().T
+        in_teacher = align.mT.softmax(-1) @ loss.student_to_teacher(h_s) @ w_t.T
+        own = h_s @ w_s.T
+        right = valid & (in_student.argmax(-1) == labels)
+        assert right.any() and (right != valid).any()
+        total = (nll(in_student, labels) * valid).sum()
+        total = total + (kl(in_student.detach(), own) * right).sum()
+        total = total + (kl(h_t @ w_t.T, in_teacher) * teacher_valid).sum()
+        return 0.5 * ((nll(own, labels) * valid).sum() + total) / valid.sum()
+
+    for seed in range(50):  # a projector under which some, not all, rows name their label
+        torch.manual_seed(seed)
+        for projector in (loss.query, loss.teacher_to_student, loss.student_to_teacher):
+            projector.map.reset_parameters()
+        try:
+            expected = literal()
+            break
+        except AssertionError:
+            continue
+    ours = loss(Head(h_s, w_s), Head(h_t, w_t), labels, **extras)
+    projectors = (loss.query, loss.teacher_to_student, loss.student_to_teacher)
+    gradients_agree(ours, expected, h_s, w_s, *(p.map.weight for p in projectors))
+    with pytest.raises(ValueError, match="teacher_embeddings"):
+        loss(Head(h_s, w_s), Head(h_t, w_t), labels, teacher_labels=teacher_labels,
+             student_embeddings=e_s)  # fmt: skip
+
+
 def test_registry():
     names = {entry.name for entry in kd.catalogue()}
     assert {"sinkd", "uld", "multi_level_ot", "cot2align", "wkd_l", "wkd_f", "opta",
-            "feature_transport"} <= names  # fmt: skip
+            "feature_transport", "dskd", "dskd_cma"} <= names  # fmt: skip
     entry = next(e for e in kd.catalogue() if e.name == "sinkd")
     assert entry.parameters == {
         "temperature": 2.0, "epsilon": 0.1, "iterations": 20, "weight": 0.001,

@@ -15,7 +15,7 @@ namespace {
 
 // One block each: their order of addition must not depend on the GPU. Sums are double, which costs
 // nothing over so few numbers.
-constexpr int kSingleBlockThreads = 1024;
+constexpr int kSingleBlockThreads = 512;
 
 Reduction reduction_of(const DivergenceSpec& spec) {
   return static_cast<Reduction>(static_cast<int>(spec.reduction));
@@ -25,7 +25,8 @@ Reduction reduction_of(const DivergenceSpec& spec) {
 
 template <class F>
 struct SelectParams {
-  int64_t rows, entries;  // mean: one entry; sequence_mean: one an element of dimension 0
+  int64_t rows;
+  int64_t entries, length;  // mean: one entry; sequence_mean: one an element of dimension 0
   const int64_t* labels;
   int64_t labels_stride, ignore_index;
   const bool* mask;
@@ -49,16 +50,16 @@ struct SelectParams {
 // kUnit of every row: 1 / divisor if it is selected, else 0. An entry that counts nothing has no
 // part in the mean over entries.
 template <class F>
-__global__ void __launch_bounds__(kSingleBlockThreads)
+__global__ void __launch_bounds__(kSingleBlockThreads, 1)
     divergence_select_kernel(const __grid_constant__ SelectParams<F> params) {
-  const int64_t length = params.rows / params.entries;
+  const int64_t length = params.length;
   if (params.entries == 1) {
     double total = 0;
     for (int64_t row = threadIdx.x; row < params.rows; row += blockDim.x) {
       total += params.counted(row);
     }
     total = block_sum(total);
-    const F unit = total > 0 ? static_cast<F>(1 / total) : F(0);
+    const F unit = total > 0 ? F(1) / static_cast<F>(total) : F(0);
     for (int64_t row = threadIdx.x; row < params.rows; row += blockDim.x) {
       params.unit(row) = params.selected(row) ? unit : F(0);
     }
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kSingleBlockThreads)
   for (int64_t entry = warp; entry < params.entries; entry += warps) {
     const double total = static_cast<double>(params.unit(entry * length));
     __syncwarp();  // everybody has read the total before lane 0 writes there
-    const F unit = total > 0 ? static_cast<F>(1 / (total * counting)) : F(0);
+    const F unit = total > 0 ? F(1) / static_cast<F>(total * counting) : F(0);
     for (int64_t i = lane; i < length; i += 32) {
       const int64_t row = entry * length + i;
       params.unit(row) = params.selected(row) ? unit : F(0);
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kSingleBlockThreads)
 
 // value = sum of factor x row value; rows of factor 0 add nothing, even where their value is inf.
 template <class F>
-__global__ void __launch_bounds__(kSingleBlockThreads)
+__global__ void __launch_bounds__(kSingleBlockThreads, 1)
     divergence_reduce_kernel(const F* stats, int64_t stats_stride, int64_t rows, F* value) {
   double sum = 0;
   for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) {
@@ -154,6 +155,7 @@ void launch_select(const DivergenceArgs& args) {
   params.entries = reduction_of(args.spec) == Reduction::kSequenceMean
                        ? static_cast<int64_t>(args.spec.batch)
                        : 1;
+  params.length = params.rows / params.entries;
   params.labels = args.labels ? args.labels.as<int64_t>() : nullptr;
   params.labels_stride = args.labels ? args.labels.stride[0] : 0;
   params.ignore_index = static_cast<int64_t>(args.spec.ignore_index);
@@ -227,7 +229,8 @@ void launch_row(const DivergenceArgs& args, bool forward) {
                         shape_of(args)};
   switch (group_of(static_cast<Kind>(static_cast<int>(spec.kind)))) {
     case DivergenceGroup::kLinear:
-      if (spec.reverse_kl == 0 && spec.cross_entropy == 0 && spec.entropy == 0) {
+      if (spec.reverse_kl == 0 && spec.cross_entropy == 0 && spec.entropy == 0 &&
+          spec.clip_element == 0) {
         return launch_rows<Variant::kForward, F>(params, forward, info);
       }
       return launch_rows<Variant::kLinear, F>(params, forward, info);

@@ -4,7 +4,8 @@
 //   q = softmax(z / tau_s)   student logits z   (N, V)
 //
 // For each selected row, in this order:
-//   D      the divergence (a linear combination of kinds, see Kind)
+//   D      the divergence (a linear combination of kinds, see Kind), each entry's non-negative
+//          generator bounded by clip_element                      [if > 0]
 //   clip   min(D, clip_token)                                     [if finite]
 //   x      tau_s^2                                                [if temperature_squared]
 //   +      label_weight * cross entropy(softmax(z), label)
@@ -74,6 +75,9 @@ struct DivergenceSpec {
   double label_weight = 0;
   double ignore_index = -100;
   double clip_token = 0;  // <= 0: no clip
+  // > 0: bound of each vocabulary entry's summand, whose gradient is 0 above it. The summands are
+  // the non-negative generators of divergence_math.h, or, signed, the raw ones (p log(p/q), ...).
+  double clip_element = 0, clip_signed = 0;
   // Reduction.
   double reduction = 2;          // Reduction
   double normalize_weights = 0;  // mean divides by the sum of weights instead of selected rows
@@ -83,12 +87,13 @@ struct DivergenceSpec {
   double student_columns = 0, teacher_columns = 0;
 };
 
-#define KD_DIVERGENCE_SPEC_FIELDS(X)                                                            \
-  X(forward_kl)                                                                                 \
-  X(reverse_kl)                                                                                 \
-  X(cross_entropy) X(entropy) X(kind) X(other) X(first) X(second) X(detach_mixture) X(outer)    \
-      X(student_temperature) X(teacher_temperature) X(temperature_squared) X(label_weight)      \
-          X(ignore_index) X(clip_token) X(reduction) X(normalize_weights) X(num_items) X(batch) \
+#define KD_DIVERGENCE_SPEC_FIELDS(X)                                                               \
+  X(forward_kl)                                                                                    \
+  X(reverse_kl)                                                                                    \
+  X(cross_entropy)                                                                                 \
+  X(entropy) X(kind) X(other) X(first) X(second) X(detach_mixture) X(outer) X(student_temperature) \
+      X(teacher_temperature) X(temperature_squared) X(label_weight) X(ignore_index) X(clip_token)  \
+          X(clip_element) X(clip_signed) X(reduction) X(normalize_weights) X(num_items) X(batch)   \
               X(student_columns) X(teacher_columns)
 
 // Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). The first four
@@ -105,7 +110,8 @@ enum Stat : int {
   kDivergence = 4,  // D, before clip
   kCentreS = 5,     // sum_v q_v dD/dq_v up to the constants that cancel
   kCentreT = 6,     // sum_v p_v dD/dp_v, likewise
-  kSlope = 7,       // d(row value)/d(sum of generators): outer, clip and tau^2 in one factor
+  kSlope = 7,       // d(row value)/d(sum): outer, clip and tau^2 in one factor. Negative: the sum
+                    // is the overlap of two rows that hardly have one (divergence_math.h)
   kLabelLse = 8,    // natural log-sum-exp of z at tau = 1 (0 without label_weight)
   kValue = 9,       // the row's value before its weight
   kFactor = 10,     // what multiplies the row's value: selected * weight / divisor

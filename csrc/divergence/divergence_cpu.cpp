@@ -65,19 +65,6 @@ struct Row {
                                  : group_of(static_cast<Kind>(static_cast<int>(c.spec.kind)));
   }
 
-  // References and normalisers, after the statistics.
-  void set_sums(double sum_s, double sum_t) {
-    // A row without any possible entry has probabilities 0, not NaN.
-    if (!(sum_s > 0)) sum_s = 1;
-    if (!(sum_t > 0)) sum_t = 1;
-    n.lse_s = static_cast<S>(__builtin_log2(sum_s));
-    n.lse_t = static_cast<S>(__builtin_log2(sum_t));
-    n.inverse_s = static_cast<S>(1 / sum_s);
-    n.inverse_t = static_cast<S>(1 / sum_t);
-    n.exact_gap = kLog2E * __builtin_log1p((sum_t - sum_s) / sum_s);
-    n.gap = static_cast<S>(n.exact_gap);
-  }
-
   void fill(const DivergenceRows& c, S number) {
     if (grad_s != nullptr) fill_row(grad_s, 0, c.student_width, number);
     if (grad_t != nullptr) fill_row(grad_t, 0, c.teacher_width, number);
@@ -107,6 +94,7 @@ template <class S>
 Way way_of(const RowKind<S>& c, DivergenceGroup group, bool fast) {
   const bool linear =
       c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) || c.entropy != S(0);
+  if (c.clip_element > S(0)) return Way::kExact;
   if (c.other == S(0)) {
     if (c.reverse_kl == S(0) && c.entropy == S(0)) return Way::kForward;
     const bool plain = c.cross_entropy == S(0) && c.entropy == S(0);
@@ -159,6 +147,7 @@ void log_sum_exp(Side<T>* side, double* lse) {
 template <class S>
 void infinite_kinds(const RowKind<S>& c, DivergenceGroup group, bool no_q, bool no_p, bool* flowing,
                     bool* stopped) {
+  if (c.clip_element > S(0)) return;  // every summand is bounded
   *flowing = no_q && (c.forward_kl != S(0) || c.cross_entropy != S(0));
   *stopped = no_p && c.reverse_kl != S(0);
   if (c.other == S(0)) return;
@@ -167,6 +156,8 @@ void infinite_kinds(const RowKind<S>& c, DivergenceGroup group, bool no_q, bool 
     // q^beta diverges for beta < 0; beta = 0 keeps p^alpha log(p / q), with forward KL's gradient.
     *flowing |= no_q && c.beta == S(0);
     *stopped |= (no_q && c.beta < S(0)) || (no_p && c.alpha <= S(0));
+    // Opposed exponents whose sum is not positive diverge at either zero.
+    *stopped |= (no_q || no_p) && c.alpha + c.beta <= S(0) && c.beta != S(0);
   }
 }
 
@@ -248,7 +239,7 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
     if (factor != 0) c.values[index] = __builtin_nan("");
     return r.fill(c, factor != 0 ? kNan : S(0));
   }
-  r.set_sums(sums.sum_s, sums.sum_t);
+  r.n.set_sums(sums.sum_s, sums.sum_t);
   const double sum_s = sums.sum_s > 0 ? sums.sum_s : 1, sum_t = sums.sum_t > 0 ? sums.sum_t : 1;
 
   // Value and centres.
@@ -297,16 +288,22 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
         terms.value = exact_terms(r.z, r.a, r.n, r.group).value;
       }
     }
+    if (ordinary && hardly_overlaps(static_cast<S>(terms.value), r.n.kind, c.spec, r.first)) {
+      r.n.kind.overlap = S(1);
+      way = Way::kExact;
+      terms = exact_terms(r.z, r.a, r.n, r.group);
+    }
   }
   double total = terms.value, centre_s = terms.student, centre_t = terms.teacher;
   if (flowing || stopped) total = __builtin_inf();
   if (flowing || stopped) centre_t = __builtin_inf();
   if (stopped) centre_s = __builtin_inf();
   if (impossible) total = centre_s = centre_t = 0;
-  const RowValue<double> value =
-      finish_row<double>(total, c.spec, double(r.first), double(r.n.tau_s));
+  const RowValue<double> value = finish_row<double>(total, c.spec, double(r.first),
+                                                    double(r.n.tau_s), r.n.kind.overlap != S(0));
   // An infinite value whose slope is infinite too (Bhattacharyya of disjoint rows) has no gradient.
-  const bool flat = stopped || impossible || __builtin_isinf(value.slope);
+  constexpr double kSteepest = sizeof(S) == 4 ? 1e37 : 1e300;
+  const bool flat = stopped || impossible || !(__builtin_fabs(value.slope) < kSteepest);
   const double slope = flat ? 0 : value.slope;
 
   // Label.
@@ -348,7 +345,9 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
   scale.teacher = flowing || slope == 0 ? S(0) : static_cast<S>(factor * slope / r.n.tau_t);
   scale.centre_s = static_cast<S>(centre_s);
   scale.centre_t = static_cast<S>(centre_t);
-  if (!keep || way == Way::kExact || way == Way::kLinear || by_student == 0) {
+  // Without a teacher's part nothing in scratch can carry the label's one-hot.
+  if (!keep || way == Way::kExact || way == Way::kLinear || by_student == 0 ||
+      (way == Way::kForward && cy == 0)) {
     return gradients_from_logits(c, r, scale, label, factor, value.divergence);
   }
   ScratchGradient<S> from;
@@ -393,9 +392,10 @@ void backward_row(const DivergenceRows& c, int64_t index) {
   r.z.max = r.stats[kMaxS];
   r.a.max = r.stats[kMaxT];
   const double sum_s = r.stats[kSumS];
-  r.set_sums(sum_s, decoded_quotient(r.stats[kSumT]) * sum_s);
+  r.n.set_sums(sum_s, decoded_quotient(r.stats[kSumT]) * sum_s);
   r.clear_padding(c);
   const double slope = r.stats[kSlope];
+  if (slope < 0) r.n.kind.overlap = S(1);
   GradientScale<S> scale;
   scale.student = static_cast<S>(factor * slope / r.n.tau_s);
   scale.centre_s = r.stats[kCentreS];

@@ -113,12 +113,6 @@ struct TermSums {
   }
 };
 
-// q - p, small beside p where d is.
-template <class F>
-KD_DEVICE F excess_of(const Entry<F>& e) {
-  return abs(e.d) < F(kSmallGap<F>) ? e.p * (small_gap(e.d) - e.d) : e.q - e.p;
-}
-
 // Whether the common error of all d moves the value: by its square where d enters squared, by
 // itself in the probability and power groups. Never for rows that differ by more than rounding
 // does.
@@ -168,6 +162,7 @@ KD_DEVICE bool one_pass_terms(const Statistics<kVariant, F>& sums, const RowSoft
   if constexpr (kVariant != Variant::kForward && kVariant != Variant::kLinear) {
     return false;
   } else {
+    if (kind.clip_element > F(0)) return false;
     bool reliable = true;
     const auto add = [&](F coefficient, F x, F y, F& centre) {
       if (coefficient == F(0)) return;
@@ -196,25 +191,21 @@ KD_DEVICE bool one_pass_terms(const Statistics<kVariant, F>& sums, const RowSoft
 // What is known of a row before its logits are read.
 template <class F>
 struct RowFacts {
-  F student_tau, teacher_tau, first;
-  int64_t label;
+  F student_tau, teacher_tau;
   bool selected;
+  bool labelled;
   bool valid;  // label and temperatures make sense; if not: loss NaN, gradient 0
 
   KD_DEVICE RowFacts(const RowParams<F>& params, int64_t row)
       : student_tau(params.student_temperature.at(row)),
         teacher_tau(params.teacher_temperature.at(row)),
-        first(params.first.at(row)),
-        label(-1),
         selected(params.mask == nullptr || params.mask[row * params.mask_stride]),
+        labelled(params.labels && params.spec.label_weight != 0),
         valid(student_tau > F(0) && teacher_tau > F(0)) {
     if (params.labels) {
-      const int64_t given = params.labels[row * params.labels_stride];
-      selected = selected && given != static_cast<int64_t>(params.spec.ignore_index);
-      if (params.spec.label_weight != 0) {
-        label = given;
-        valid = valid && given >= 0 && given < params.valid_student;
-      }
+      const int64_t label = params.label(row);
+      selected = selected && label != static_cast<int64_t>(params.spec.ignore_index);
+      valid = valid && (!labelled || (label >= 0 && label < params.valid_student));
     }
   }
 
@@ -222,37 +213,43 @@ struct RowFacts {
 };
 
 template <Variant kVariant, class F>
-KD_DEVICE RowKind<F> kind_of(const RowParams<F>& params, int64_t row, F first) {
+KD_DEVICE RowKind<F> kind_of(const RowParams<F>& params, int64_t row) {
   RowKind<F> kind = params.kind;
   if constexpr (kVariant == Variant::kForward) {
     // Literal zeros, so that the compiler drops the other three.
-    kind.reverse_kl = kind.cross_entropy = kind.entropy = F(0);
+    kind.reverse_kl = kind.cross_entropy = kind.entropy = kind.clip_element = F(0);
   } else if constexpr (kVariant != Variant::kLinear) {
-    if (params.kind_per_row) kind = row_kind(params.spec, first, params.second.at(row));
+    if (params.kind_per_row)
+      kind = row_kind(params.spec, params.first.at(row), params.second.at(row));
   }
   return kind;
 }
 
 // D, its value and slope from the sums; sets the centres to 0 where there is no gradient.
 template <class F>
-KD_DEVICE RowValue<F> value_of(TermSums<F>& sums, const RowParams<F>& params,
-                               const RowFacts<F>& facts, const RowSoftmax<F>& softmax) {
+KD_DEVICE RowValue<F> value_of(TermSums<F>& sums, const RowParams<F>& params, int64_t row,
+                               const RowFacts<F>& facts, const RowSoftmax<F>& softmax,
+                               const RowKind<F>& kind) {
   const F total = softmax.student.sum + softmax.teacher.sum;
   if (is_nan(total)) return {total, total, total};
   if (params.teacher.data && softmax.teacher.is_empty()) {
     sums = TermSums<F>();
     return {F(0), F(0), F(0)};
   }
-  // The logits hold no NaN, so one in the sums comes from inf - inf.
-  if (is_nan(sums.value) || !(abs(sums.student) < F(kInfinity))) {
+  // The logits hold no NaN, so one in the sums comes from inf - inf. Opposed exponents whose sum is
+  // not positive diverge where a probability is 0, whatever their derivatives do.
+  const bool opposed = kind.alpha + kind.beta <= F(0) && kind.beta != F(0);
+  if (is_nan(sums.value) || !(abs(sums.student) < F(kInfinity)) ||
+      (opposed && is_inf(sums.value))) {
     sums.student = sums.teacher = F(0);
     const F clip = static_cast<F>(params.spec.clip_token);
     F value = clip > F(0) ? clip : F(kInfinity);
     if (params.spec.temperature_squared != 0) value *= facts.student_tau * facts.student_tau;
     return {F(kInfinity), value, F(0)};
   }
-  RowValue<F> out = finish_row(sums.value, params.spec, facts.first, facts.student_tau);
-  if (!(abs(out.slope) < F(kInfinity))) out.slope = F(0);
+  RowValue<F> out = finish_row(sums.value, params.spec, params.first.at(row), facts.student_tau,
+                               kind.overlap != F(0));
+  if (!(abs(out.slope) < F(1e37))) out.slope = F(0);
   return out;
 }
 
@@ -267,16 +264,16 @@ struct GradientPlan {
   F temperature;         // d(row value)/d tau_s through tau_s^2, times factor
   int64_t label_column;
 
-  KD_DEVICE GradientPlan(const RowParams<F>& params, const RowFacts<F>& facts, F factor, F slope,
-                         F divergence, const TermSums<F>& sums, F lse)
+  KD_DEVICE GradientPlan(const RowParams<F>& params, int64_t row, const RowFacts<F>& facts,
+                         F factor, F slope, F divergence, const TermSums<F>& sums, F lse)
       : student(factor * slope / facts.student_tau),
         teacher(is_inf(sums.teacher) ? F(0) : factor * slope / facts.teacher_tau),
-        label(facts.label >= 0 ? factor * static_cast<F>(params.spec.label_weight) : F(0)),
+        label(facts.labelled ? factor * static_cast<F>(params.spec.label_weight) : F(0)),
         centre_s(sums.student),
         centre_t(sums.teacher),
         label_lse(lse),
         temperature(F(0)),
-        label_column(facts.label) {
+        label_column(facts.labelled ? params.label(row) : -1) {
     if (params.spec.temperature_squared != 0) {
       const F clip = static_cast<F>(params.spec.clip_token);
       const F clipped = clip > F(0) && divergence > clip ? clip : divergence;
@@ -371,17 +368,16 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   const RowPair<T, F> pair(params, row);
   F* stats = params.stats + row * params.stats_stride;
   F unit = F(0), factor = F(0);
-  if (facts.selected) {
-    unit = params.unit_is_ready ? stats[kUnit] : F(1) / params.divisor.at(row);
-    factor = unit * params.weight.at(row);
-  }
   const bool wants_gradient =
       pair.wants_student() || pair.wants_teacher() || params.grad_temperature;
 
-  // Everybody has read kUnit before thread 0 writes the row's statistics.
   const auto write = [&](const RowSums<F>& row_sums, const TermSums<F>& sums, F divergence, F slope,
                          F lse, F value) {
-    __syncthreads();
+    // Only now, to keep them out of the loops' registers.
+    if (facts.selected) {
+      unit = params.unit_is_ready ? stats[kUnit] : F(1) / params.divisor.at(row);
+      factor = unit * params.weight.at(row);
+    }
     if (threadIdx.x != 0) return;
     stats[kMaxS] = row_sums.student_reference;
     stats[kSumS] = row_sums.student_sum;
@@ -394,7 +390,7 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     stats[kLabelLse] = lse;
     stats[kValue] = value;
     stats[kFactor] = factor;
-    stats[kUnit] = unit;
+    if (!params.unit_is_ready) stats[kUnit] = unit;
     if (params.value)
       params.value[row * params.value_stride] = factor == F(0) ? F(0) : factor * value;
   };
@@ -406,10 +402,9 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
     return;
   }
 
-  const RowKind<F> kind = kind_of<kVariant>(params, row, facts.first);
-  const bool same = facts.same_temperature(), labelled = facts.label >= 0;
+  RowKind<F> kind = kind_of<kVariant>(params, row);
+  const bool same = facts.same_temperature(), labelled = facts.labelled;
   const bool label_apart = labelled && facts.student_tau != F(1);
-  const F label_logit = pair.student_at(facts.label);
   const Origin<F> origin(pair);
   LogitSums<F, 1> label;
   const Statistics<kVariant, F> statistics =
@@ -423,13 +418,20 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   if (!one_pass_terms(statistics, softmax, origin, kind, sums)) {
     sums = row_terms<kVariant>(pair, softmax, kind, params.teacher.data != nullptr);
   }
-  const RowValue<F> result = value_of(sums, params, facts, softmax);
+  if constexpr (kVariant == Variant::kProbability || kVariant == Variant::kPower) {
+    if (hardly_overlaps(sums.value, kind, params.spec, params.first.at(row))) {
+      kind.overlap = F(1);
+      sums = row_terms<kVariant>(pair, softmax, kind, true);
+    }
+  }
+  const RowValue<F> result = value_of(sums, params, row, facts, softmax, kind);
   F value = result.value, lse = F(0);
   if (labelled) {
     const Softmax<F> at_one =
         label_apart ? Softmax<F>(F(1), label.max, label.sum[0]) : softmax.student;
     lse = fma(F(kLn2), at_one.log2_sum, at_one.reference);
-    const F nll = F(kLn2) * (at_one.log2_sum - at_one.exponent(label_logit));
+    const F nll = F(kLn2) * (at_one.log2_sum - at_one.exponent(pair.student_at(params.label(row))));
+    __syncthreads();  // in place: everybody has the label's logit before anybody writes
     value += static_cast<F>(params.spec.label_weight) * nll;
   }
   const RowSums<F> row_sums = softmax.row_sums();
@@ -442,7 +444,7 @@ KD_DEVICE void forward_row(const RowParams<F>& params, int64_t row) {
   // From what is stored, so that a backward repeats this gradient to the bit.
   write_gradients<kVariant>(
       pair, params, row, RowSoftmax<F>(row_sums, facts.student_tau, facts.teacher_tau), kind,
-      GradientPlan<F>(params, facts, factor, result.slope, result.divergence, sums, lse));
+      GradientPlan<F>(params, row, facts, factor, result.slope, result.divergence, sums, lse));
 }
 
 template <Variant kVariant, class T, class F>
@@ -457,25 +459,46 @@ KD_DEVICE void backward_row(const RowParams<F>& params, int64_t row) {
   }
   if (is_nan(slope)) return fill_gradients(pair, params, row, F(NAN));
   const RowFacts<F> facts(params, row);
-  const RowKind<F> kind = kind_of<kVariant>(params, row, facts.first);
+  RowKind<F> kind = kind_of<kVariant>(params, row);
+  if constexpr (kVariant == Variant::kProbability || kVariant == Variant::kPower) {
+    if (slope < F(0)) kind.overlap = F(1);
+  }
   const RowSums<F> row_sums{stats[kMaxS], stats[kSumS], stats[kMaxT], stats[kSumT]};
   const RowSoftmax<F> softmax(row_sums, facts.student_tau, facts.teacher_tau);
   TermSums<F> sums;
   sums.student = stats[kCentreS];
   sums.teacher = stats[kCentreT];
-  const GradientPlan<F> plan(params, facts, factor, slope, stats[kDivergence], sums,
+  const GradientPlan<F> plan(params, row, facts, factor, slope, stats[kDivergence], sums,
                              stats[kLabelLse]);
   write_gradients<kVariant>(pair, params, row, softmax, kind, plan);
 }
 
-// 64 registers a thread let two of the largest blocks share a multiprocessor of 65536; where that
-// does not do without spilling, one block may have 128.
-template <Variant kVariant, class T>
-constexpr int kBlocksPerMultiprocessor =
-    kVariant == Variant::kForward && !std::is_same<T, AnyFloat>::value ? 2 : 1;
+// Blocks that share a multiprocessor: while one reduces, another loads. It bounds the registers: 64
+// a thread for four blocks, 128 for two, all of them for one, where what ptxas really uses decides.
+// With these numbers no kernel spills on its architecture (`make ptxas`).
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+constexpr int kBlocksOfForwardKl = 4, kBlocksOfItsBackward = 4;
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr int kBlocksOfForwardKl = 1, kBlocksOfItsBackward = 2;
+#else
+constexpr int kBlocksOfForwardKl = 2, kBlocksOfItsBackward = 2;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kBlocksOfMixedLinear = 1;
+#else
+constexpr int kBlocksOfMixedLinear = 2;
+#endif
+template <Variant kVariant, class T, bool kForward>
+constexpr int blocks_per_multiprocessor() {
+  constexpr bool kMixed = std::is_same<T, AnyFloat>::value;
+  if (kVariant == Variant::kForward && !kMixed) {
+    return kForward ? kBlocksOfForwardKl : kBlocksOfItsBackward;
+  }
+  return kVariant == Variant::kLinear && kMixed && kForward ? kBlocksOfMixedLinear : 2;
+}
 
 template <Variant kVariant, class T, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_multiprocessor<kVariant, T, true>())
     divergence_fwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
     forward_row<kVariant, T>(params, row);
@@ -483,7 +506,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant
 }
 
 template <Variant kVariant, class T, class F>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<kVariant, T>)
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_multiprocessor<kVariant, T, false>())
     divergence_bwd_row_kernel(const __grid_constant__ RowParams<F> params) {
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
     backward_row<kVariant, T>(params, row);

@@ -44,6 +44,8 @@ struct RowKind {
   S to_teacher, to_student, mix, mix_student;        // A KL(p||M) + B KL(q||M), M = mix p + ...
   S total_variation, squared_hellinger, triangular, chi_squared;
   S alpha, beta;
+  S clip_element, clip_signed;
+  S overlap;  // 1: the terms are those of sum sqrt(pq), or sum p^alpha q^beta, in place of D
 };
 
 template <class S>
@@ -56,6 +58,8 @@ KD_HOST_DEVICE RowKind<S> row_kind(const DivergenceSpec& spec, S first, S second
   c.entropy = S(spec.entropy);
   c.other = S(spec.other);
   c.mix_student = spec.detach_mixture != 0 ? S(0) : S(1);
+  c.clip_element = S(spec.clip_element);
+  c.clip_signed = S(spec.clip_signed);
   switch (kind) {
     case Kind::kJensenShannon:
       c.to_teacher = c.mix = first;
@@ -204,34 +208,49 @@ KD_HOST_DEVICE Terms<F> mixture_terms(const Entry<F>& e, const RowKind<S>& c) {
           select(exists, out.teacher, F(0))};
 }
 
+// The larger of p and q, and the smaller = base (1 + t), sqrt(p q) = base (1 + u).
+template <class F>
+struct Spread {
+  F base, u, t;
+};
+
+template <class F>
+KD_HOST_DEVICE Spread<F> spread_of(const Entry<F>& e) {
+  const F u = expm1(F(-0.5) * abs(e.d));
+  return {select(e.d >= F(0), e.p, e.q), u, u * (F(2) + u)};
+}
+
 template <class F, class S>
 KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c) {
+  if (c.overlap != S(0)) {
+    const F w = exp(F(0.5) * (e.lp + e.lq));
+    return {w, F(0.5) * w, F(0.5) * w};
+  }
   const auto above = e.d >= F(0);
   const F distance = abs(e.d);
-  const F base = select(above, e.p, e.q);
-  // smaller = base (1 + t), sqrt(p q) = base (1 + u).
-  const F u = expm1(F(-0.5) * distance);
-  const F t = u * (F(2) + u);
-  const F ratio = F(1) + t;
+  const Spread<F> spread = spread_of(e);
+  const F base = spread.base, u = spread.u, t = spread.t;
   const F signed_t = select(above, -t, t);  // (p - q) / base
   const F r = signed_t / (F(2) + t);        // (p - q) / (p + q)
   const F tv(c.total_variation), h(c.squared_hellinger), tri(c.triangular), chi(c.chi_squared);
   const F half(0.5), two(2), zero(0);
   Terms<F> out;
-  // chi-squared divides by q: the base itself when q >= p, else base (1 + t).
-  // The exponential again, for 1 + t has few bits left where d is large.
-  const F chi_scale = select(above, exp(distance), F(1));
-  out.value = base * (half * tv * abs(t) + half * h * u * u + tri * abs(t * r)) +
-              select(chi != zero, chi * base * t * t * chi_scale, zero);
+  out.value = base * (half * tv * abs(t) + half * h * u * u + tri * abs(t * r));
   const F sign = select(e.d > zero, F(-1), select(e.d < zero, F(1), zero));  // of q - p
   out.student = half * tv * e.q * sign + half * h * base * select(above, t - u, -u) -
-                tri * e.q * r * (two + r) -
-                select(chi != zero, chi * base * signed_t * (two + t) * chi_scale, zero);
-  out.teacher =
-      half * h * base * select(above, -u, t - u) - half * tv * e.p * sign +
-      tri * e.p * r * (two - r) +
-      select(chi != zero, two * chi * base * signed_t * select(above, chi_scale, ratio), zero);
-  const auto exists = base > zero;
+                tri * e.q * r * (two + r);
+  out.teacher = half * h * base * select(above, -u, t - u) - half * tv * e.p * sign +
+                tri * e.p * r * (two - r);
+  auto exists = base > zero;
+  if (c.chi_squared != S(0)) {
+    // Chi-squared divides by q: p^2 / q from its logarithm, for 1 + t has no bits left where d is
+    // large, and p^2 / q may count where both underflow.
+    const F scaled = select(above, exp(e.lp + e.d), e.q);  // base^2 / q
+    out.value = chi * scaled * t * t;
+    out.student = -chi * scaled * signed_t * (two + t);
+    out.teacher = two * chi * signed_t * select(above, scaled, e.p);
+    exists = max(e.lp, e.lq) > F(-20000);
+  }
   return {select(exists, out.value, zero), select(exists, out.student, zero),
           select(exists, out.teacher, zero)};
 }
@@ -261,6 +280,7 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
     Q = exp(F(s) * lq);
   }
   const F W = exp(fma(F(alpha), lp, F(beta) * lq));
+  if (c.overlap != S(0)) return {W, F(beta) * W, F(alpha) * W};
   const bool teacher_side = abs(alpha) >= abs(beta);
   const S big = teacher_side ? alpha : beta, little = teacher_side ? beta : alpha;
   const F base = teacher_side ? P : Q, other = teacher_side ? Q : P;
@@ -294,9 +314,9 @@ KD_HOST_DEVICE Terms<F> power_terms(const Entry<F>& e, const RowKind<S>& c) {
           select(exists, out.teacher, zero)};
 }
 
-// All terms of an entry: the linear group plus one kind of group G.
+// The linear group plus one kind of group G, unclipped.
 template <DivergenceGroup G, class F, class S>
-KD_HOST_DEVICE Terms<F> terms(const Entry<F>& e, const RowKind<S>& c) {
+KD_HOST_DEVICE Terms<F> whole_terms(const Entry<F>& e, const RowKind<S>& c) {
   if constexpr (G == DivergenceGroup::kLinear) {
     return linear_terms(e, c);
   } else {
@@ -321,6 +341,55 @@ KD_HOST_DEVICE Terms<F> terms(const Entry<F>& e, const RowKind<S>& c) {
   }
 }
 
+// An entry's terms with its summand l bounded: min(l, clip), no gradient above. A bounded sum has
+// no constant that cancels: s and t must be q dl/dq and p dl/dp themselves, of the generator or,
+// signed, of the raw summand.
+template <class F, class S>
+KD_HOST_DEVICE Terms<F> clipped_terms(Terms<F> t, const Entry<F>& e, const RowKind<S>& c) {
+  // -p log q and -q log q, to which linear_terms adds q.
+  F by_q(-c.cross_entropy - c.entropy);
+  if (c.clip_signed != S(0)) {
+    // p log(p/q) is its generator + p - q; A p log(p/M) + B q log(q/M) is its own plus
+    // A (p - M) + B (q - M).
+    const S a = c.other * c.to_teacher, b = c.other * c.to_student;
+    const S slant = a * (S(1) - c.mix) - b * c.mix;
+    const S apart = c.forward_kl - c.reverse_kl;
+    const S mixed = b - (a + b) * (S(1) - c.mix) * c.mix_student;
+    t.value = t.value + F(apart + slant) * (e.p - e.q);
+    by_q = by_q + F(mixed - apart);
+    t.teacher = t.teacher + F(apart + a - (a + b) * c.mix) * e.p;
+  }
+  t.student = t.student + by_q * e.q;
+  const F clip(c.clip_element), zero(0);
+  const auto free = t.value <= clip;
+  return {select(free, t.value, clip), select(free, t.student, zero),
+          select(free, t.teacher, zero)};
+}
+
+// All terms of an entry.
+template <DivergenceGroup G, class F, class S>
+KD_HOST_DEVICE Terms<F> terms(const Entry<F>& e, const RowKind<S>& c) {
+  const Terms<F> whole = whole_terms<G>(e, c);
+  return c.clip_element > S(0) ? clipped_terms(whole, e, c) : whole;
+}
+
+// Bhattacharyya's and Renyi's logarithms are of the rows' overlap, sum sqrt(pq) or sum p^alpha
+// q^(1-alpha). Where that is small, 1 - sum of generators has lost it: such a row is summed again
+// as its overlap. Renyi beyond alpha = 1 has no such row.
+template <class S>
+KD_HOST_DEVICE bool has_overlap(const DivergenceSpec& spec, S first) {
+  const Outer outer = static_cast<Outer>(static_cast<int>(spec.outer));
+  return outer == Outer::kBhattacharyya || (outer == Outer::kRenyi && first > S(0) && first < S(1));
+}
+
+template <class S>
+KD_HOST_DEVICE bool hardly_overlaps(S sum, const RowKind<S>& c, const DivergenceSpec& spec,
+                                    S first) {
+  if (!has_overlap(spec, first) || c.other != S(1) || c.clip_element > S(0)) return false;
+  const S lost = c.squared_hellinger != S(0) ? sum : first * (S(1) - first) * sum;
+  return lost > S(0.75);
+}
+
 // The row's own arithmetic: sum of generators -> D -> value, and the slope d(value)/d(sum).
 template <class S>
 struct RowValue {
@@ -330,7 +399,8 @@ struct RowValue {
 };
 
 template <class S>
-KD_HOST_DEVICE RowValue<S> finish_row(S sum, const DivergenceSpec& spec, S first, S tau) {
+KD_HOST_DEVICE RowValue<S> finish_row(S sum, const DivergenceSpec& spec, S first, S tau,
+                                      bool overlap) {
   RowValue<S> row{sum, S(0), S(1)};
   switch (static_cast<Outer>(static_cast<int>(spec.outer))) {
     case Outer::kIdentity:
@@ -340,15 +410,15 @@ KD_HOST_DEVICE RowValue<S> finish_row(S sum, const DivergenceSpec& spec, S first
       row.slope = sum > S(0) ? S(0.5) / row.divergence : S(0);
       break;
     case Outer::kBhattacharyya:
-      row.divergence = -log1p(-sum);
-      row.slope = S(1) / (S(1) - sum);
+      row.divergence = overlap ? -log(sum) : -log1p(-sum);
+      row.slope = overlap ? S(-1) / sum : S(1) / (S(1) - sum);
       break;
     case Outer::kRenyi: {
       const S k = first - S(1);
       if (k != S(0)) {
         const S inside = first * k * sum;
-        row.divergence = log1p(inside) / k;
-        row.slope = first / (S(1) + inside);
+        row.divergence = (overlap ? log(sum) : log1p(inside)) / k;
+        row.slope = overlap ? S(1) / (k * sum) : first / (S(1) + inside);
       }
       break;
     }

@@ -26,6 +26,19 @@ struct RowNumbers {
   S gap;                   // lse_t - lse_s, rounded from
   double exact_gap;
   RowKind<S> kind;
+
+  // From the two normalisers.
+  void set_sums(double sum_s, double sum_t) {
+    // A row without any possible entry has probabilities 0, not NaN.
+    if (!(sum_s > 0)) sum_s = 1;
+    if (!(sum_t > 0)) sum_t = 1;
+    lse_s = static_cast<S>(__builtin_log2(sum_s));
+    lse_t = static_cast<S>(__builtin_log2(sum_t));
+    inverse_s = static_cast<S>(1 / sum_s);
+    inverse_t = static_cast<S>(1 / sum_t);
+    exact_gap = kLog2E * __builtin_log1p((sum_t - sum_s) / sum_s);
+    gap = static_cast<S>(exact_gap);
+  }
 };
 
 struct RowTerms {
@@ -40,10 +53,10 @@ struct RowTerms {
   }
 };
 
-// Without the coefficient `other`.
+// Without the coefficient `other`. No teacher's term: its gradient takes the exact way.
 template <class V>
 struct RatioTerms {
-  V value, scale, student, teacher;
+  V value, scale, student;
 };
 
 // A KL(p || M) + B KL(q || M); slanted: neither Jensen-Shannon.
@@ -62,14 +75,12 @@ struct MixtureRatio {
     const V p = q * r, log_q = -log_m;
     RatioTerms<V> t;
     t.scale = p + q;
-    t.teacher = V(c.to_teacher * S(kLn2)) * p * (log_q + d);
     t.student = V(c.to_student * S(kLn2)) * q * log_q;
-    t.value = t.teacher + t.student;
+    t.value = fma(V(c.to_teacher * S(kLn2)) * p, log_q + d, t.student);
     if constexpr (Slanted) {
       const S slant = c.to_teacher * (S(1) - c.mix) - c.to_student * c.mix;
       const V by_m = (p - q) / inside(r, c);  // (p - q) q / M
       t.student -= V(slant * c.mix_student * (S(1) - c.mix)) * by_m;
-      t.teacher -= V(slant * c.mix) * r * by_m;
     }
     return t;
   }
@@ -87,7 +98,6 @@ struct TotalVariationRatio {
     t.value = half * abs(pq);
     t.scale = p + q;
     t.student = select(above, -h, select(below, h, zero));
-    t.teacher = half * select(above, p, select(below, -p, zero));
     return t;
   }
 };
@@ -103,7 +113,6 @@ struct HellingerRatio {
     t.scale = q * root;  // hq (h - 1)^2 keeps the relative error of its factor
     t.value = hq * root * root;
     t.student = -hq * root;
-    t.teacher = hq * h * root;
     return t;
   }
 };
@@ -119,7 +128,6 @@ struct TriangularRatio {
     t.scale = q * above;
     t.value = t.scale * share;
     t.student = -q * share * (two + share);
-    t.teacher = q * r * share * (two - share);
     return t;
   }
 };
@@ -135,7 +143,6 @@ struct ChiSquaredRatio {
     t.scale = q * above * (r + one);
     t.value = q * above * above;
     t.student = -t.scale;
-    t.teacher = V(2) * q * r * above;
     return t;
   }
 };
@@ -163,7 +170,6 @@ struct PowerRatio {
     t.value = fma(a, PW, b * QW);
     t.scale = fma(abs(a), P, abs(b) * Q);
     t.student = V(S(1) / c.alpha) * QW;
-    t.teacher = V(S(1) / c.beta) * PW;
     return t;
   }
 };
@@ -175,10 +181,12 @@ RowTerms ratio_terms(S* x, S* y, int64_t n, const RowNumbers<S>& numbers, double
   const RowNumbers<S> row = numbers;  // a copy that the stores below cannot alias
   const V inverse(row.inverse_s), gap(row.gap), lse(row.lse_s);
   alignas(64) S powers[Form::kStaged ? kBlock : 1], logs[Form::kStaged ? kBlock : 1];
-  RowTerms total;
-  // Backwards: the end of the row is what the statistics have left in the cache.
+  VecD sum_value = VecD::zero(), sum_student = sum_value, sum_square = sum_value;
+  // Backwards: the end of the row is what the statistics have left in the cache, and the beginning
+  // is what the gradient asks for first.
   for (int64_t begin = (n - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    const int64_t ahead = begin > kBlock ? kBlock : 0;
     if constexpr (Form::kStaged) {
       // An exponential and a logarithm in one chain are too long for the out-of-order window: apart
       // they run at their throughput.
@@ -186,11 +194,13 @@ RowTerms ratio_terms(S* x, S* y, int64_t n, const RowNumbers<S>& numbers, double
         store(powers + (i - begin), exp2(V::load(y + i) - gap));
       }
       for (int64_t i = 0; i < end - begin; i += V::kLanes) {
-        store(logs + i, log2(Form::inside(V::load(powers + i), row.kind)));
+        store(logs + i, log2_absolute(Form::inside(V::load(powers + i), row.kind)));
       }
     }
-    V value = V::zero(), square = value, student = value, teacher = value;
+    V value = V::zero(), square = value, student = value;
     for (int64_t i = begin; i < end; i += V::kLanes) {
+      prefetch(x + i - ahead);
+      prefetch(y + i - ahead);
       const V d = V::load(y + i) - gap;
       V q, lq = V::zero();
       if constexpr (Form::kNeedsLog) {
@@ -209,17 +219,17 @@ RowTerms ratio_terms(S* x, S* y, int64_t n, const RowNumbers<S>& numbers, double
       value += t.value;
       square = fma(t.scale, t.scale, square);
       student += t.student;
-      teacher += t.teacher;
       store(y + i, t.student);
     }
-    total += RowTerms{reduce_add_double(value), reduce_add_double(student),
-                      reduce_add_double(teacher), reduce_add_double(square)};
+    sum_value += widen_sum(value);
+    sum_student += widen_sum(student);
+    sum_square += widen_sum(square);
   }
   *unit = Form::kNeedsLog ? 1 : double(row.inverse_s);
+  RowTerms total{reduce_add(sum_value), reduce_add(sum_student), 0, reduce_add(sum_square)};
   const double c = row.kind.other;
   total.value *= c;
   total.student *= c;
-  total.teacher *= c;
   total.square *= c * c;
   return total;
 }

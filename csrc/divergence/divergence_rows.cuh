@@ -57,6 +57,8 @@ struct RowParams {
   bool kind_per_row;   // first or second is a tensor: `kind` must be made again for every row
   RowKind<F> kind;
   DivergenceSpec spec;
+
+  KD_DEVICE int64_t label(int64_t row) const { return labels[row * labels_stride]; }
 };
 
 // What the kernels are instantiated for. kForward is the linear group with forward_kl alone, which
@@ -79,8 +81,8 @@ struct BlockSize {
   int64_t limit;
   int threads;
 };
-constexpr BlockSize kBlockSizes[] = {{256, 32}, {1024, 64}, {4096, 128}, {16384, 256}};
-constexpr int kMaxThreads = 512;
+constexpr BlockSize kBlockSizes[] = {{256, 32}, {1024, 64}, {4096, 128}};
+constexpr int kMaxThreads = 256;
 
 inline int threads_for(int64_t columns) {
   for (const BlockSize& size : kBlockSizes) {
@@ -488,5 +490,11 @@ struct RowSoftmax {
     return e;
   }
 };
+
+// q - p, small beside p where d is.
+template <class F>
+KD_DEVICE F excess_of(const Entry<F>& e) {
+  return abs(e.d) < F(kSmallGap<F>) ? e.p * (small_gap(e.d) - e.d) : e.q - e.p;
+}
 
 }  // namespace kd::cuda

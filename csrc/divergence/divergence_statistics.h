@@ -17,7 +17,7 @@
 namespace kd {
 namespace KDK_ISA_NAMESPACE {
 
-constexpr int64_t kBlock = 512;     // entries between two checks
+constexpr int64_t kBlock = 512;      // entries between two checks
 constexpr float kDead = -1e30f;      // stands for log2(0)
 constexpr float kCeiling = 0x1p60f;  // of a block's sum
 constexpr float kUnderflow = -1050;  // 2^this is 0 even in float64

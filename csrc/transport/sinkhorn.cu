@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) sinkhorn_bwd_block_kernel(Sink
   if (!live) return;
   __syncthreads();
   const auto sweep = [&](const Step<T>& s) {
-    block_rows<kCols>(p, 0, p.n, slices, p.partial, [&](int i, int lane, T* slice) {
-      backward_row<kCols>(p, s, i, lane, slice);
-    });
+    block_rows<kCols, 2>(
+        p, 0, p.n, slices, p.partial,
+        [&](int i, int lane, T* slice) { backward_row<kCols>(p, s, i, lane, slice); }, p.sums);
   };
   const auto columns = [&](const T* g, const T* g_before, bool first, bool fixed) {
     T size = T(0);
@@ -181,8 +181,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
                                            : step_of(p, done, t);
   const int size = tile_rows(data.rows), begin = static_cast<int>(blockIdx.x) * size;
   T* out = p.partial + static_cast<int64_t>(blockIdx.x) * p.m;
-  block_rows<kCols>(p, begin, begin + size < p.n ? begin + size : p.n, slices, out,
-                    [&](int i, int lane, T* slice) { backward_row<kCols>(p, s, i, lane, slice); });
+  block_rows<kCols, 2>(
+      p, begin, begin + size < p.n ? begin + size : p.n, slices, out,
+      [&](int i, int lane, T* slice) { backward_row<kCols>(p, s, i, lane, slice); },
+      p.sums + static_cast<int64_t>(blockIdx.x) * p.m);
 }
 
 template <class T>
@@ -244,6 +246,7 @@ SinkhornData<T> data_of(const SinkhornArgs& args) {
   d.epsilon = static_cast<T>(spec.epsilon);
   d.damping_a = static_cast<T>(spec.damping_a);
   d.damping_b = static_cast<T>(spec.damping_b);
+  d.denominator = static_cast<T>(spec.denominator);
   d.log_denominator = static_cast<T>(std::log2(spec.denominator));  // -inf for none
   d.tolerance = static_cast<T>(spec.tolerance);
   d.damped_a = spec.damping_a != 1 || spec.denominator != 0;
@@ -254,10 +257,10 @@ SinkhornData<T> data_of(const SinkhornArgs& args) {
   return d;
 }
 
-// Warps whose column sums fit into shared memory.
+// Warps whose column sums, `sets` a column, fit into shared memory.
 template <class T>
-int warps_for(int64_t columns) {
-  const int64_t each = std::max<int64_t>(columns, 1) * static_cast<int64_t>(sizeof(T));
+int warps_for(int64_t columns, int sets) {
+  const int64_t each = sets * std::max<int64_t>(columns, 1) * static_cast<int64_t>(sizeof(T));
   const int64_t fit = static_cast<int64_t>(simt::shared_memory_limit() - 1024) / each;
   KD_CHECK(fit >= 1, "cost: ", columns, " columns do not fit into the GPU's shared memory");
   int warps = kWarps;
@@ -278,13 +281,14 @@ struct Launcher {
   SinkhornData<T> d;
   Stream stream;
   std::string shape;
-  int warps = warps_for<T>(d.columns);
+  int sets;  // column sums of a sweep: one in the forward, two in the backward
+  int warps = warps_for<T>(d.columns, sets);
 
   LaunchInfo info(const char* name, int64_t x, int64_t y, bool shared) const {
     return {name,
             dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)),
             dim3(static_cast<unsigned>(32 * warps)),
-            shared ? static_cast<size_t>(warps * d.columns) * sizeof(T) : 0,
+            shared ? static_cast<size_t>(sets * warps * d.columns) * sizeof(T) : 0,
             stream,
             shape};
   }
@@ -340,7 +344,7 @@ template <class T, int kCols>
 void run(const SinkhornArgs& args, bool forward) {
   const DeviceGuard guard(args.cost.device_index);
   Launcher<T, kCols> launcher{data_of<T>(args), static_cast<Stream>(args.stream),
-                              "cost " + shape_text(args.cost)};
+                              "cost " + shape_text(args.cost), forward ? 1 : 2};
   if (launcher.d.batch == 0) return;
   forward ? launcher.forward() : launcher.backward();
 }
@@ -364,7 +368,7 @@ void dispatch(const SinkhornArgs& args, bool forward) {
 // --------------------------------------------------------------------------------
 
 int64_t sinkhorn_workspace(int64_t rows, int64_t columns) {
-  return columns * (5 + tile_count(rows)) + rows * 4 + 2 * column_blocks(columns);
+  return columns * (5 + 2 * tile_count(rows)) + rows * 4 + 2 * column_blocks(columns);
 }
 
 void sinkhorn_fwd(const SinkhornArgs& args) {

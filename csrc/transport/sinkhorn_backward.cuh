@@ -15,6 +15,9 @@ struct Step {
   bool unit_rows, solve, add_alpha, accumulate, write_cost, implicit;
   const T* f_bar;
   const T* w;
+  // Of the step that follows: its f (null: zero), whether its rows have their start.
+  const T* f_next;
+  bool unit_next;
 };
 
 template <class T>
@@ -52,10 +55,24 @@ KD_DEVICE void backward_row(const DeviceProblem<T>& p, const Step<T>& s, int i, 
   };
   using Make = Density<T>;
   LaneRow<T, kCols, Make> row(Make{cost, s.g, d.k, f}, p.m, lane);
+  T total = T(0);  // the sum of rho K v that the row's potential stands for
   T alpha = row.first([&](int j, T e) {
-    if (s.stage == Step<T>::kStep) return -e * s.w[j];
-    return start && !envelope ? bar(j, e) * p.mass_b(j) * e : T(0);
+    if (s.stage == Step<T>::kStep) {
+      total += e * p.q[j];
+      return -e * s.w[j];
+    }
+    if (!start || envelope) return T(0);
+    total += e * p.mass_b(j);
+    return bar(j, e) * p.mass_b(j) * e;
   });
+  total = warp_sum(total);
+  // Makes of this row's densities those of the step that follows, times its scaling.
+  T next = s.unit_next ? T(a != T(0)) : a;
+  if (s.f_next != s.f) {
+    const T moved = (s.f_next != nullptr ? s.f_next[i] : T(0)) - f;
+    next *= exp2(moved > T(kMaxExponent) ? T(kMaxExponent) : moved);
+  }
+  T* const sums = slice + p.m;
   const T scale = s.unit_rows ? T(a != T(0)) : a;
   T z = T(0);
   if (apply) {
@@ -65,7 +82,7 @@ KD_DEVICE void backward_row(const DeviceProblem<T>& p, const Step<T>& s, int i, 
     if (s.solve) {
       T of_f = a * alpha;
       if (s.f_bar != nullptr) of_f += s.f_bar[i] * T(kLog2E);
-      z = d.damping_a * of_f * divisor_ratio(f, d.damping_a);
+      z = d.damping_a * of_f * corrected_ratio(f, d.damping_a, d.denominator, total);
     }
     if (lane == 0) {
       if (start) p.alpha[i] = alpha;
@@ -77,7 +94,10 @@ KD_DEVICE void backward_row(const DeviceProblem<T>& p, const Step<T>& s, int i, 
   const T per_epsilon = T(1) / d.epsilon;
   if (!start) {
     row.again([&](int j, T e) {
-      if (s.accumulate) slice[j] += e * z;
+      if (s.accumulate) {
+        slice[j] += e * z;
+        sums[j] += e * next;
+      }
       if (grad != nullptr) grad[j] += e * (s.w[j] * scale + p.q[j] * z) * per_epsilon;
     });
     return;
@@ -88,6 +108,7 @@ KD_DEVICE void backward_row(const DeviceProblem<T>& p, const Step<T>& s, int i, 
     if (!envelope) {
       const T t = bar(j, e) * e * scale;
       slice[j] += t - e * z;
+      sums[j] += e * next;
       // The implicit mode applies all z together, in kApply.
       out += ((s.implicit ? T(0) : e * z) - t) * b * per_epsilon;
     }
@@ -103,13 +124,18 @@ KD_DEVICE T adjoint_column(const DeviceProblem<T>& p, const T* g, const T* g_bef
   const SinkhornData<T>& d = p.data;
   T beta = p.partial[j];
   for (int tile = 1; tile < tiles; ++tile) beta += p.partial[static_cast<int64_t>(tile) * p.m + j];
-  if (!first) beta = -beta * p.r[j];
+  T total = p.sums[j];
+  for (int tile = 1; tile < tiles; ++tile) total += p.sums[static_cast<int64_t>(tile) * p.m + j];
+  if (!first) {
+    beta = -beta * p.r[j];
+    total *= p.r[j];
+  }
   if (d.grad_b != nullptr) p.of_columns(d.grad_b)[j] += beta;
   const T b = p.mass_b(j);
   T of_g = b * beta;
   const T size = abs(of_g);
   if (first && d.g_bar != nullptr) of_g += p.of_columns(d.g_bar)[j] * T(kLog2E);
-  const T w = d.damping_b * of_g * divisor_ratio(g[j], d.damping_b);
+  const T w = d.damping_b * of_g * corrected_ratio(g[j], d.damping_b, d.denominator, total);
   p.w[j] = w;
   if (fixed) p.w_sum[j] += w;
   T r = T(1), q = b;
@@ -126,6 +152,12 @@ KD_DEVICE T adjoint_column(const DeviceProblem<T>& p, const T* g, const T* g_bef
 }
 
 template <class T>
+KD_DEVICE void next_of(const DeviceProblem<T>& p, int t, Step<T>* s) {
+  s->f_next = t >= 0 ? p.f_at(t) : nullptr;
+  s->unit_next = t < 0;
+}
+
+template <class T>
 KD_DEVICE Step<T> start_step(const DeviceProblem<T>& p, int done) {
   const SinkhornData<T>& d = p.data;
   Step<T> s{};
@@ -136,6 +168,9 @@ KD_DEVICE Step<T> start_step(const DeviceProblem<T>& p, int done) {
   s.f_bar = d.columns_first ? p.of_rows(d.f_bar) : nullptr;
   s.accumulate = s.write_cost = true;
   s.implicit = d.mode == static_cast<int>(GradientMode::kImplicit);
+  // The first step's columns were solved from these rows, or, columns first, from those before.
+  s.f_next = s.f;
+  if (d.columns_first && !s.implicit) next_of(p, done - 2, &s);
   return s;
 }
 
@@ -159,6 +194,7 @@ KD_DEVICE Step<T> step_of(const DeviceProblem<T>& p, int done, int t) {
     s.add_alpha = t == done - 1;
     s.f_bar = s.add_alpha ? p.of_rows(d.f_bar) : nullptr;
   }
+  next_of(p, d.columns_first ? t - 2 : t - 1, &s);
   return s;
 }
 template <class T>
@@ -172,6 +208,7 @@ KD_DEVICE Step<T> round_of(const DeviceProblem<T>& p, int done, int round) {
   s.solve = s.accumulate = s.implicit = true;
   s.add_alpha = round == 0 && !d.columns_first;
   s.f_bar = s.add_alpha ? p.of_rows(d.f_bar) : nullptr;
+  s.f_next = s.f;
   return s;
 }
 template <class T>
@@ -182,6 +219,7 @@ KD_DEVICE Step<T> apply_step(const DeviceProblem<T>& p, int done) {
   s.g = p.g_at(done - 1);
   s.w = p.w_sum;
   s.write_cost = s.implicit = true;
+  s.f_next = s.f;
   return s;
 }
 

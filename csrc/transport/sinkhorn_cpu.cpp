@@ -220,14 +220,15 @@ double update_columns(const ColumnUpdate<T>& u) {
 
 // ---- backward ----------------------------------------------------------------------------------
 
+// The row's share of alpha, and `total`, the sum of rho K v that its potential stands for.
 template <class V, class T>
-T backward_row(const BackwardSweep<T>& s, int64_t i, T* e) {
+T backward_row(const BackwardSweep<T>& s, int64_t i, T* e, T* total) {
   using Stage = BackwardSweep<T>;
   const T* cost = s.cost + i * s.row_stride;
   const T f = s.f != nullptr ? s.f[i] : T(0);
   const T* plan_bar = s.plan_bar != nullptr ? s.plan_bar + i * s.plan_bar_stride : nullptr;
   const T row_bar = s.rows_bar != nullptr ? s.rows_bar[i] : T(0);
-  V sum = V::zero();
+  V sum = V::zero(), masses = V::zero();
   for_lanes<V>(
       s.columns, KD_BODY {
         const V c = at.load(cost, T(0));
@@ -238,6 +239,7 @@ T backward_row(const BackwardSweep<T>& s, int64_t i, T* e) {
         at.save(e, value);
         if (s.stage == Stage::kStep) {
           sum = fnma(value, at.load(s.w, T(0)), sum);
+          masses = fma(value, at.load(s.q, T(0)), masses);
         } else if (s.stage == Stage::kStart && !s.envelope) {
           V bar(row_bar);
           if (s.linear_bar != T(0)) bar = fma(V(s.linear_bar), c, bar);
@@ -245,8 +247,10 @@ T backward_row(const BackwardSweep<T>& s, int64_t i, T* e) {
           if (plan_bar != nullptr) bar += at.load(plan_bar, T(0));
           const V b = s.b != nullptr ? at.load(s.b, T(0)) : V(s.uniform_b);
           sum = fma(select(value == V::zero(), V::zero(), bar) * b, value, sum);
+          masses = fma(value, b, masses);
         }
       });
+  *total = reduce_add(masses);
   return reduce_add(sum);
 }
 
@@ -255,14 +259,21 @@ template <class T>
 struct RowShare {
   T scale;  // the row scaling over rho: a, or the start
   T z;
+  T next;  // what makes of this row's densities those of the step that follows, times its scaling
 };
 
 template <class V, class T>
-RowShare<T> solve_row(const BackwardSweep<T>& s, int64_t i, T sum) {
+RowShare<T> solve_row(const BackwardSweep<T>& s, int64_t i, T sum, T total) {
   using Stage = BackwardSweep<T>;
   const T a = s.a != nullptr ? s.a[i] : s.uniform_a;
-  RowShare<T> share{s.unit_rows ? T(a != T(0)) : a, T(0)};
+  RowShare<T> share{s.unit_rows ? T(a != T(0)) : a, T(0), T(0)};
   if (s.envelope) return share;
+  const T f = s.f != nullptr ? s.f[i] : T(0);
+  share.next = s.unit_next ? T(a != T(0)) : a;
+  if (s.f_next != s.f) {
+    const T moved = (s.f_next != nullptr ? s.f_next[i] : T(0)) - f;
+    share.next *= kd::exp2(moved < T(kMaxExponent) ? moved : T(kMaxExponent));
+  }
   if (s.stage == Stage::kApply) {
     share.z = s.z_sum[i];
     return share;
@@ -273,14 +284,15 @@ RowShare<T> solve_row(const BackwardSweep<T>& s, int64_t i, T sum) {
   if (s.grad_a != nullptr) s.grad_a[i] += alpha;
   T bar = a * alpha;
   if (s.f_bar != nullptr) bar += s.f_bar[i] * T(kLog2E);
-  share.z = s.damping * bar * divisor_ratio(s.f != nullptr ? s.f[i] : T(0), s.damping);
+  share.z = s.damping * bar * corrected_ratio(f, s.damping, s.denominator, total);
   if (s.z_sum != nullptr) s.z_sum[i] += share.z;
   return share;
 }
 
 // The start's second pass over a row: its share of beta, and the cost's gradient.
 template <class V, class T>
-void start_row(const BackwardSweep<T>& s, int64_t i, const T* e, RowShare<T> share, T* partial) {
+void start_row(const BackwardSweep<T>& s, int64_t i, const T* e, RowShare<T> share, T* partial,
+               T* sums) {
   const T* cost = s.cost + i * s.row_stride;
   const T* plan_bar = s.plan_bar != nullptr ? s.plan_bar + i * s.plan_bar_stride : nullptr;
   const T row_bar = s.rows_bar != nullptr ? s.rows_bar[i] : T(0);
@@ -300,6 +312,7 @@ void start_row(const BackwardSweep<T>& s, int64_t i, const T* e, RowShare<T> sha
           if (plan_bar != nullptr) bar += at.load(plan_bar, T(0));
           const V t = select(value == V::zero(), V::zero(), bar) * value;
           at.save(partial, at.load(partial, T(0)) + t * V(share.scale) - value * V(share.z));
+          at.save(sums, fma(value, V(share.next), at.load(sums, T(0))));
           // The implicit mode applies all z together, in kApply.
           const V z = s.z_sum != nullptr ? V::zero() : V(share.z);
           out += (value * z - t * V(share.scale)) * b * per_epsilon;
@@ -309,24 +322,29 @@ void start_row(const BackwardSweep<T>& s, int64_t i, const T* e, RowShare<T> sha
 }
 
 template <class V, int kRows, class T>
-KD_LANES void backward_group(const BackwardSweep<T>& s, int64_t i, T* partial, T* buffer) {
+KD_LANES void backward_group(const BackwardSweep<T>& s, int64_t i, T* partial, T* sums, T* buffer) {
   using Stage = BackwardSweep<T>;
   RowShare<T> share[kRows];
   for (int r = 0; r < kRows; ++r) {
     T* e = buffer + r * s.columns;
-    share[r] = solve_row<V>(s, i + r, backward_row<V>(s, i + r, e));
-    if (s.stage == Stage::kStart) start_row<V>(s, i + r, e, share[r], partial);
+    T total;
+    const T sum = backward_row<V>(s, i + r, e, &total);
+    share[r] = solve_row<V>(s, i + r, sum, total);
+    if (s.stage == Stage::kStart) start_row<V>(s, i + r, e, share[r], partial, sums);
   }
   if (s.stage == Stage::kStart) return;
   const T per_epsilon = T(1) / s.epsilon;
   if (s.accumulate) {
     for_lanes<V>(
         s.columns, KD_BODY {
-          V sum = at.load(partial, T(0));
+          V sum = at.load(partial, T(0)), next = at.load(sums, T(0));
           for (int r = 0; r < kRows; ++r) {
-            sum = fma(at.load(buffer + r * s.columns, T(0)), V(share[r].z), sum);
+            const V e = at.load(buffer + r * s.columns, T(0));
+            sum = fma(e, V(share[r].z), sum);
+            next = fma(e, V(share[r].next), next);
           }
           at.save(partial, sum);
+          at.save(sums, next);
         });
   }
   if (s.grad_cost == nullptr) return;
@@ -342,13 +360,15 @@ KD_LANES void backward_group(const BackwardSweep<T>& s, int64_t i, T* partial, T
 }
 
 template <class V, class T>
-void backward(const BackwardSweep<T>& s, int64_t begin, int64_t end, T* partial, T* buffer) {
+void backward(const BackwardSweep<T>& s, int64_t begin, int64_t end, T* partial, T* sums,
+              T* buffer) {
   memset(partial, 0, static_cast<size_t>(s.columns) * sizeof(T));
+  memset(sums, 0, static_cast<size_t>(s.columns) * sizeof(T));
   int64_t i = begin;
   for (; i + kSweepRows <= end; i += kSweepRows) {
-    backward_group<V, kSweepRows>(s, i, partial, buffer);
+    backward_group<V, kSweepRows>(s, i, partial, sums, buffer);
   }
-  for (; i < end; ++i) backward_group<V, 1>(s, i, partial, buffer);
+  for (; i < end; ++i) backward_group<V, 1>(s, i, partial, sums, buffer);
 }
 
 template <class V, class T>
@@ -356,22 +376,32 @@ double adjoint_columns(const ColumnAdjoint<T>& c) {
   double size = 0;
   for_lanes<V>(
       c.columns, KD_BODY {
-        V beta = at.load(c.partial, T(0));
+        V beta = at.load(c.partial, T(0)), total = at.load(c.sums, T(0));
         for (int64_t block = 1; block < c.blocks; ++block) {
           beta += at.load(c.partial + block * c.columns, T(0));
+          total += at.load(c.sums + block * c.columns, T(0));
         }
-        if (c.r != nullptr) beta = -beta * at.load(c.r, T(0));
+        if (c.r != nullptr) {
+          const V r = at.load(c.r, T(0));
+          beta = -beta * r;
+          total = total * r;
+        }
         if (c.grad_b != nullptr) at.save(c.grad_b, at.load(c.grad_b, T(0)) + beta);
         const V b = c.b != nullptr ? at.load(c.b, T(0)) : V(c.uniform_b);
         const V g = at.load(c.g, T(0));
         V bar = b * beta;
         size += static_cast<double>(reduce_add(at.keep(abs(bar), T(0))));
         if (c.g_bar != nullptr) bar = fma(at.load(c.g_bar, T(0)), V(T(kLog2E)), bar);
-        V w = V(c.damping) * bar;
+        // corrected_ratio, lane by lane.
+        V ratio(T(1));
         if (c.damping != T(1)) {
           const V exponent = g * V(T(1) / c.damping - T(1));
-          w = w * exp2(min(V(T(120)), max(V(T(-120)), exponent)));
+          ratio = exp2(min(V(T(kMaxExponent)), max(V(T(-kMaxExponent)), exponent)));
         }
+        if (c.denominator != T(0)) total += V(c.denominator) * exp2(g);
+        const V near = total * ratio;
+        const V corrected = select(abs(near - V(T(1))) < V(T(0.015625)), ratio / near, ratio);
+        const V w = V(c.damping) * bar * corrected;
         at.save(c.w, w);
         if (c.w_sum != nullptr) at.save(c.w_sum, at.load(c.w_sum, T(0)) + w);
         V r(T(1)), q = b;

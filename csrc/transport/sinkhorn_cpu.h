@@ -75,7 +75,10 @@ struct BackwardSweep {
   const T* q;  // (m)
   // Rows
   const T* f_bar;  // (n) adjoint of f in log2 units, or null
-  T damping;
+  T damping, denominator;
+  // Of the step that follows: its f (null: zero), whether its rows have their start.
+  const T* f_next;
+  bool unit_next;
   T* alpha;        // (n)
   bool add_alpha;  // alpha holds the start's share
   bool solve;      // z = D (a alpha + f_bar) / divisor: the rows were solved at this step
@@ -90,6 +93,7 @@ template <class T>
 struct ColumnAdjoint {
   int64_t columns, blocks;
   const T* partial;  // (blocks, m)
+  const T* sums;     // (blocks, m): of this step's columns, but for r
   const T* r;        // (m) ratio of the step before; null at the start, where beta = +partial
   const T* b;
   T uniform_b;
@@ -97,7 +101,7 @@ struct ColumnAdjoint {
   const T* g_before;  // (m) of the step before this one; null: the start (v0) or `fixed`
   const T* g_bar;     // (m) or null
   bool fixed;         // implicit: r = 1
-  T damping;
+  T damping, denominator;
   T* grad_b;  // (m) += beta, or null
   T* w;
   T* q;
@@ -108,11 +112,12 @@ struct ColumnAdjoint {
 template <class T>
 struct SinkhornTable {
   int lanes;
-  // `partial` (m) is written; `buffer` holds kSweepRows x m.
+  // `partial` (m) and `sums` (m, null: not wanted) are written; `buffer` holds kSweepRows x m.
   void (*forward)(const ForwardSweep<T>&, int64_t begin, int64_t end, T* partial, T* buffer);
   void (*finish_rows)(const ForwardSweep<T>&, int64_t rows);
   double (*update_columns)(const ColumnUpdate<T>&);
-  void (*backward)(const BackwardSweep<T>&, int64_t begin, int64_t end, T* partial, T* buffer);
+  void (*backward)(const BackwardSweep<T>&, int64_t begin, int64_t end, T* partial, T* sums,
+                   T* buffer);
   double (*adjoint_columns)(const ColumnAdjoint<T>&);  // sum |b beta|
   void (*log2)(const T* x, T uniform, T* out, int64_t n);
   void (*add)(T* to, const T* from, int64_t n);

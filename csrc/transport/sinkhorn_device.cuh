@@ -35,7 +35,7 @@ struct SinkhornData {
   T* workspace;
   int64_t workspace_size;
   // Numbers
-  T k, epsilon, damping_a, damping_b, log_denominator, tolerance;
+  T k, epsilon, damping_a, damping_b, denominator, log_denominator, tolerance;
   bool damped_a, damped_b, columns_first;
   int iterations;
   int mode;
@@ -68,6 +68,7 @@ struct DeviceProblem {
   T *log_u, *alpha, *z_sum, *row_linear;  // (n)
   T* errors;                              // (2, column_blocks)
   T* partial;                             // (tiles, m)
+  T* sums;                                // (tiles, m), backward only
 
   KD_DEVICE DeviceProblem(const SinkhornData<T>& data, int64_t index) : data(data), index(index) {
     int64_t rows = data.rows, columns = data.columns;
@@ -98,6 +99,7 @@ struct DeviceProblem {
     row_linear = take(data.rows);
     errors = take(2 * column_blocks(data.columns));
     partial = take(data.columns * tile_count(data.rows));
+    sums = take(data.columns * tile_count(data.rows));
   }
 
   KD_DEVICE bool empty() const { return n == 0 || m == 0; }
@@ -242,18 +244,24 @@ KD_DEVICE void forward_row(const DeviceProblem<T>& p, const Sweep<T>& s, int i, 
 }
 
 // Rows [begin, end) by the block's warps; then the column sums over the warps, in order, to `out`.
-template <int kCols, class T, class Row>
+// The backward has two sums a column, in kSets slices of every warp: the second goes to `second`.
+template <int kCols, int kSets = 1, class T, class Row>
 KD_DEVICE void block_rows(const DeviceProblem<T>& p, int begin, int end, T* slices, T* out,
-                          const Row& row) {
+                          const Row& row, T* second = nullptr) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  T* slice = slices + warp * p.m;
-  for (int j = lane; j < p.m; j += 32) slice[j] = T(0);
+  const int width = kSets * p.m;
+  T* slice = slices + warp * width;
+  for (int j = lane; j < width; j += 32) slice[j] = T(0);
   for (int i = begin + warp; i < end; i += warps) row(i, lane, slice);
   __syncthreads();
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) {
+  for (int j = threadIdx.x; j < width; j += blockDim.x) {
     T sum = slices[j];
-    for (int other = 1; other < warps; ++other) sum += slices[other * p.m + j];
-    out[j] = sum;
+    for (int other = 1; other < warps; ++other) sum += slices[other * width + j];
+    if (j < p.m) {
+      out[j] = sum;
+    } else {
+      second[j - p.m] = sum;
+    }
   }
   __syncthreads();
 }

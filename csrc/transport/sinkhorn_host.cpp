@@ -42,6 +42,11 @@ void clear(T* data, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) data[i] = T(0);
 }
 
+int64_t blocks_of(int64_t rows, int64_t columns) {
+  const int64_t blocks = rows * columns / kBlockEntries;
+  return blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks;
+}
+
 // One problem of the batch: its arrays, its blocks of rows.
 template <class T>
 struct Problem {
@@ -58,8 +63,7 @@ struct Problem {
       : args(args), index(index), full_rows(args.cost.shape[1]), full_columns(args.cost.shape[2]) {
     n = args.student_lengths ? length(args.student_lengths, full_rows) : full_rows;
     m = args.teacher_lengths ? length(args.teacher_lengths, full_columns) : full_columns;
-    blocks = n * m / kBlockEntries;
-    blocks = blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks;
+    blocks = blocks_of(n, m);
     block_rows = ((n + blocks - 1) / blocks + kSweepRows - 1) / kSweepRows * kSweepRows;
     if (block_rows > 0) blocks = (n + block_rows - 1) / block_rows;
     scratch_begin = row<T>(args.workspace, index);
@@ -259,6 +263,7 @@ void backward_problem(const SinkhornArgs& args, int64_t index) {
   T* r = p.take(p.m);
   T* w_sum = p.take(p.m);
   T* partial = p.take(p.m * p.blocks);
+  T* sums = p.take(p.m * p.blocks);
   T* alpha = p.take(p.n);
   T* z_sum = p.take(p.n);
   const T* a = row<T>(args.a, index);
@@ -285,6 +290,7 @@ void backward_problem(const SinkhornArgs& args, int64_t index) {
   sweep.plan_bar_stride = args.plan_bar ? args.plan_bar.stride[1] : 0;
   sweep.envelope = mode == GradientMode::kEnvelope;
   sweep.damping = static_cast<T>(spec.damping_a);
+  sweep.denominator = static_cast<T>(spec.denominator);
   sweep.alpha = alpha;
   sweep.grad_cost = grad_cost;
   sweep.grad_stride = p.full_columns;
@@ -292,9 +298,11 @@ void backward_problem(const SinkhornArgs& args, int64_t index) {
   adjoint.columns = p.m;
   adjoint.blocks = p.blocks;
   adjoint.partial = partial;
+  adjoint.sums = sums;
   adjoint.b = b;
   adjoint.uniform_b = sweep.uniform_b;
   adjoint.damping = static_cast<T>(spec.damping_b);
+  adjoint.denominator = static_cast<T>(spec.denominator);
   adjoint.grad_b = grad_b;
   adjoint.w = w;
   adjoint.q = q;
@@ -302,7 +310,7 @@ void backward_problem(const SinkhornArgs& args, int64_t index) {
 
   const auto run_sweep = [&] {
     p.for_blocks([&](int64_t begin, int64_t end, int64_t block) {
-      p.kernels->backward(sweep, begin, end, partial + block * p.m, p.buffer());
+      p.kernels->backward(sweep, begin, end, partial + block * p.m, sums + block * p.m, p.buffer());
     });
   };
   const T* f_bar = row<T>(args.f_bar, index);
@@ -325,6 +333,13 @@ void backward_problem(const SinkhornArgs& args, int64_t index) {
   sweep.solve = columns_first;
   sweep.grad_a = columns_first ? grad_a : nullptr;
   sweep.f_bar = columns_first ? f_bar : nullptr;
+  // The first step's columns were solved from these rows, or, columns first, from those before.
+  const auto prepare_next = [&](int64_t t) {
+    sweep.f_next = t >= 0 ? f_at(t) : nullptr;
+    sweep.unit_next = t < 0;
+  };
+  sweep.f_next = f_last;
+  if (columns_first && !implicit) prepare_next(done - 2);
   run_sweep();
   if (sweep.envelope) return;
 
@@ -376,6 +391,7 @@ void backward_problem(const SinkhornArgs& args, int64_t index) {
       sweep.add_alpha = t == done - 1;
       sweep.f_bar = sweep.add_alpha ? f_bar : nullptr;
     }
+    prepare_next(columns_first ? t - 2 : t - 1);
     sweep.accumulate = t > 0;
     if (t == 0 && columns_first && grad_cost == nullptr) break;
     run_sweep();
@@ -401,7 +417,7 @@ void for_problems(const SinkhornArgs& args, const Fn& fn) {
 }  // namespace
 
 int64_t sinkhorn_workspace(int64_t rows, int64_t columns) {
-  return columns * (4 + kMaxBlocks) + rows * 4;
+  return columns * (4 + 2 * blocks_of(rows, columns)) + rows * 4;
 }
 
 void sinkhorn_fwd(const SinkhornArgs& args) {

@@ -40,6 +40,18 @@ KD_HOST_DEVICE F divisor_ratio(F log_rho, F damping) {
                      select(exponent > F(kMaxExponent), F(kMaxExponent), exponent)));
 }
 
+// divisor_ratio once more, from `sum` = rho (K v) as the sweep itself has added it up: 1 / (sum + d
+// rho). A potential is stored to one rounding, 2^-24 of its size, which would be common to all
+// terms of its sum and add up over the iterations; the sum knows it. Where the two do not nearly
+// agree, terms have underflowed, and the potential is right.
+template <class F>
+KD_HOST_DEVICE F corrected_ratio(F log_rho, F damping, F denominator, F sum) {
+  const F ratio = damping == F(1) ? F(1) : divisor_ratio(log_rho, damping);
+  if (denominator != F(0)) sum += denominator * exp2(log_rho);
+  const F near = sum * ratio;
+  return abs(near - F(1)) < F(0.015625) ? ratio / near : ratio;
+}
+
 // Order-preserving map of a float's bits: larger float, SMALLER key (sorted ascending = descending
 // floats). -0 counts as +0, NaN sorts behind everything.
 KD_HOST_DEVICE uint32_t descending_key(float x) {

@@ -28,6 +28,9 @@ def why_not() -> str:
 if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     divergence_fwd = _C.divergence_fwd
     divergence_bwd = _C.divergence_bwd
+    token_stats = _C.token_stats
+    label_log_probs_fwd = _C.label_log_probs_fwd
+    label_log_probs_bwd = _C.label_log_probs_bwd
     scale = _C.scale
     graph_nodes_fwd = _C.graph_nodes_fwd
     graph_nodes_bwd = _C.graph_nodes_bwd

@@ -16,6 +16,9 @@ def why_not() -> str:
 if not isinstance(_simt, str):
     divergence_fwd = _simt.divergence_fwd
     divergence_bwd = _simt.divergence_bwd
+    token_stats = _simt.token_stats
+    label_log_probs_fwd = _simt.label_log_probs_fwd
+    label_log_probs_bwd = _simt.label_log_probs_bwd
     scale = _simt.scale
     graph_nodes_fwd = _simt.graph_nodes_fwd
     graph_nodes_bwd = _simt.graph_nodes_bwd

@@ -34,6 +34,8 @@ class DivergenceSpec(NamedTuple):
     label_weight: float = 0.0
     ignore_index: float = -100.0
     clip_token: float = 0.0
+    clip_element: float = 0.0
+    clip_signed: float = 0.0
     reduction: float = MEAN
     normalize_weights: float = 0.0
     num_items: float = 0.0

@@ -25,8 +25,10 @@ from .torch_transport import (  # noqa: F401
 FAMILIES = ("divergence", "transport", "relation", "gromov")
 
 # Stands in for log-probability -inf: exp(-2000) is 0 in float64, and 0 * -2000 is 0 where 0 * inf
-# would be NaN. Rows whose true value is infinite are named by `_infinite`.
+# would be NaN. Rows whose true value is infinite are named by `_infinite`. Summands that a bound is
+# put on must be beyond any bound themselves; no power of a probability is taken there.
 _LOWEST = -2000.0
+_LOWEST_BOUNDED = -1e30
 
 
 def why_not() -> str:
@@ -34,8 +36,10 @@ def why_not() -> str:
     return ""
 
 
-def _log_softmax(logits: Tensor, tau: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / tau) with _LOWEST for impossible entries, and the mask of those."""
+def _log_softmax(
+    logits: Tensor, tau: Tensor, columns: int, lowest: float = _LOWEST
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / tau) with `lowest` for impossible entries, and the mask of those."""
     dead = logits == -torch.inf
     if 0 < columns < logits.shape[-1]:
         dead = dead | (torch.arange(logits.shape[-1], device=logits.device) >= columns)
@@ -48,7 +52,7 @@ def _log_softmax(logits: Tensor, tau: Tensor, columns: int) -> tuple[Tensor, Ten
     lse = top + total.log()
     # Impossible entries still carry the gradient of the log-sum-exp: a forward kind that is
     # infinite on them has the gradient (P q - p) / tau on the others, all of p's mass in P.
-    return torch.where(dead, _LOWEST - (lse - lse.detach()), scaled - lse), dead
+    return torch.where(dead, lowest - (lse - lse.detach()), scaled - lse), dead
 
 
 def _mixture(lp: Tensor, lq: Tensor, w: Tensor) -> Tensor:
@@ -70,14 +74,17 @@ def _generator(x: Tensor, y: Tensor, log_ratio: Tensor) -> Tensor:
     return torch.where(near, x * (torch.expm1(-small) + small), y - x + x * log_ratio)
 
 
-def _kl(lx: Tensor, ly: Tensor) -> Tensor:
-    """sum x log(x / y), (N,)."""
-    return _generator(lx.exp(), ly.exp(), lx - ly).sum(-1)
+def _summand(lx: Tensor, ly: Tensor, signed: float) -> Tensor:
+    """x log(x / y) + y - x of each entry (N, V), or if signed x log(x / y) alone."""
+    x, y = lx.exp(), ly.exp()
+    generator = _generator(x, y, lx - ly)
+    return generator + (x - y) if signed else generator
 
 
 def _alpha_beta(lp: Tensor, lq: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """The AB divergence (N,): (a/s p^s + b/s q^s - p^a q^b) / (a b) summed, s = a + b, and its true
-    limits on the axes. Written with `_generator`, which divides only by the larger exponent."""
+    """Entries of the AB divergence (N, V): (a/s p^s + b/s q^s - p^a q^b) / (a b), s = a + b, and
+    its true limits on the axes. Written with `_generator`, which divides only by the larger
+    exponent."""
     a, b = alpha[:, None], beta[:, None]
     d = lp - lq
     s = a + b
@@ -89,54 +96,75 @@ def _alpha_beta(lp: Tensor, lq: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         return (whole - torch.where(little == 0, 0.0, part)) / torch.where(big == 0, 1.0, big)
 
     out = torch.where(a.abs() >= b.abs(), side(x, y, d, a, b), side(y, x, -d, b, a))
-    return torch.where((a == 0) & (b == 0), d * d / 2, out).sum(-1)
+    return torch.where((a == 0) & (b == 0), d * d / 2, out)
 
 
 def _other(lp: Tensor, lq: Tensor, spec: DivergenceSpec, first: Tensor, second: Tensor) -> Tensor:
-    """Row values (N,) of the one kind outside the linear group."""
+    """Entries (N, V) of the one kind outside the linear group, before its outer map."""
     p, q = lp.exp(), lq.exp()
-    kind = int(spec.kind)
+    kind, signed = int(spec.kind), spec.clip_signed
     if kind == S.JENSEN_SHANNON:
-        inside = (first > 0) & (first < 1)
-        w = torch.where(inside, first, torch.full_like(first, 0.5))
+        inside = ((first > 0) & (first < 1))[:, None]
+        w = torch.where(inside[:, 0], first, torch.full_like(first, 0.5))
         m = _mixture(lp, lq, w)
-        row = w * _kl(lp, m) + (1 - w) * _kl(lq, m)
+        w = w[:, None]
+        mixed = w * _summand(lp, m, signed) + (1 - w) * _summand(lq, m, signed)
         # The ends are forward and reverse KL, the trainers' convention; the limits would be 0.
-        ends = torch.where(first <= 0, _kl(lp, lq), _kl(lq, lp))
-        return torch.where(inside, row, ends)
+        backward = (first > 0)[:, None]
+        ends = torch.where(backward, _summand(lq, lp, signed), _summand(lp, lq, signed))
+        return torch.where(inside, mixed, ends)
     if kind == S.SKEW_FORWARD:
-        return torch.where(first == 0, _kl(lp, lq), _kl(lp, _mixture(lp, lq, first)))
+        m = _mixture(lp, lq, first)
+        zero = (first == 0)[:, None]
+        return torch.where(zero, _summand(lp, lq, signed), _summand(lp, m, signed))
     if kind == S.SKEW_REVERSE:
         source = lq.detach() if spec.detach_mixture else lq
         m = _mixture(lp, source, 1 - first)
-        return torch.where(first == 0, _kl(lq, lp), _kl(lq, m))
+        zero = (first == 0)[:, None]
+        return torch.where(zero, _summand(lq, lp, signed), _summand(lq, m, signed))
     if kind == S.TOTAL_VARIATION:
-        return (p - q).abs().sum(-1) / 2
+        return (p - q).abs() / 2
     if kind == S.SQUARED_HELLINGER:
         root = (lp / 2).exp() - (lq / 2).exp()
-        row = (root * root).sum(-1) / 2
-        if spec.outer == S.SQRT:
-            equal = row == 0
-            return torch.where(equal, torch.zeros_like(row), torch.where(equal, 1.0, row).sqrt())
-        if spec.outer == S.BHATTACHARYYA:
-            return -torch.log1p(-row)
-        return row
+        return root * root / 2
     if kind == S.TRIANGULAR:
         both = p + q
         empty = both == 0
-        return torch.where(empty, 0.0, (p - q) ** 2 / torch.where(empty, 1.0, both)).sum(-1)
+        return torch.where(empty, 0.0, (p - q) ** 2 / torch.where(empty, 1.0, both))
     if kind == S.CHI_SQUARED:
         # q (p/q - 1)^2; an entry with q = 0 adds nothing or makes the row infinite (`_infinite`).
         possible = q > 0
         ratio = torch.where(possible, lp - torch.where(possible, lq, 0.0), 0.0)
-        return (q * torch.expm1(ratio) ** 2).sum(-1)
+        entries = q * torch.expm1(ratio) ** 2
+        bounded = (spec.clip_element > 0) & (p > 0) & ~possible
+        return torch.where(bounded, torch.inf, entries)
     if kind == S.ALPHA:
         second = 1 - first
-    row = _alpha_beta(lp, lq, first, second)
-    if spec.outer == S.RENYI:
+    return _alpha_beta(lp, lq, first, second)
+
+
+def _outer(row: Tensor, lp: Tensor, lq: Tensor, spec: DivergenceSpec, first: Tensor) -> Tensor:
+    """The outer map of a kind's row value (N,)."""
+    if spec.outer == S.SQRT:
+        equal = row == 0
+        return torch.where(equal, torch.zeros_like(row), torch.where(equal, 1.0, row).sqrt())
+    if spec.outer == S.IDENTITY:
+        return row
+    if spec.outer == S.BHATTACHARYYA:
+        alpha = torch.full_like(first, 0.5)
+        inside, k = -row, torch.full_like(first, -1.0)
+    else:
+        alpha = first
         k = torch.where(first == 1, torch.ones_like(first), first - 1)
-        return torch.where(first == 1, row, torch.log1p(first * k * row) / k)
-    return row
+        inside = first * k * row
+    # 1 + inside is the overlap of the rows, which is summed itself where 1 + inside has lost it.
+    apart = (inside < -0.5) & (spec.clip_element <= 0)
+    overlap = (alpha[:, None] * lp + (1 - alpha[:, None]) * lq).exp().sum(-1)
+    disjoint = apart & (overlap <= 0)
+    near = torch.log1p(torch.where(apart, 0.0, inside))
+    far = torch.where(apart & ~disjoint, overlap, 1.0).log()
+    value = torch.where(disjoint, torch.inf, torch.where(apart, far, near) / k)
+    return torch.where(first == 1, row, value) if spec.outer == S.RENYI else value
 
 
 def _infinite(
@@ -147,6 +175,8 @@ def _infinite(
     no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
     """
     never = torch.zeros_like(no_q)
+    if spec.clip_element > 0:  # every summand is bounded
+        return never, never
     flowing = no_q if spec.forward_kl or spec.cross_entropy else never
     stopped = no_p if spec.reverse_kl else never
     kind = int(spec.kind)
@@ -164,6 +194,8 @@ def _infinite(
         # q^beta diverges for beta < 0; beta = 0 keeps p^alpha log(p / q), like forward_kl.
         flowing = flowing | (no_q & (beta == 0))
         stopped = stopped | (no_q & (beta < 0)) | (no_p & (first <= 0))
+        # Opposed exponents whose sum is not positive diverge at either zero.
+        stopped = stopped | ((no_q | no_p) & (first + beta <= 0) & (beta != 0))
     return flowing, stopped
 
 
@@ -181,35 +213,46 @@ def row_values(
     """(D before clip, row value before its weight), each (N,), float64. Differentiable."""
     zero = torch.zeros((), dtype=torch.float64, device=student.device)
     z = torch.where(selected[:, None], student, zero)
-    lq, dead_q = _log_softmax(z, tau_s, int(spec.student_columns))
+    power = int(spec.kind) in (S.ALPHA, S.ALPHA_BETA)
+    lowest = _LOWEST_BOUNDED if spec.clip_element > 0 and not power else _LOWEST
+    lq, dead_q = _log_softmax(z, tau_s, int(spec.student_columns), lowest)
     if teacher is None:
         lp, dead_p = torch.zeros_like(lq), torch.zeros_like(dead_q)
         impossible = torch.zeros_like(selected)
     else:
         a = torch.where(selected[:, None], teacher, zero)
-        lp, dead_p = _log_softmax(a, tau_t, int(spec.teacher_columns))
+        lp, dead_p = _log_softmax(a, tau_t, int(spec.teacher_columns), lowest)
         impossible = dead_p.all(-1)
         # Vocabularies of different allocated size: the shorter row is impossible beyond its end.
         width = max(lp.shape[-1], lq.shape[-1])
-        lp, dead_p = _widen(lp, dead_p, width)
-        lq, dead_q = _widen(lq, dead_q, width)
+        lp, dead_p = _widen(lp, dead_p, width, lowest)
+        lq, dead_q = _widen(lq, dead_q, width, lowest)
     p, q = lp.exp(), lq.exp()
-    value = torch.zeros_like(tau_s)
-    if spec.forward_kl:
-        value = value + spec.forward_kl * _kl(lp, lq)
-    if spec.reverse_kl:
-        value = value + spec.reverse_kl * _kl(lq, lp)
-    if spec.cross_entropy:
-        value = value - spec.cross_entropy * (p * lq).sum(-1)
-    if spec.entropy:
-        value = value - spec.entropy * (q * lq).sum(-1)
-    if spec.kind:
-        value = value + spec.other * _other(lp, lq, spec, first, second)
+    flowing = stopped = torch.zeros_like(selected)
     if teacher is not None:
         flowing, stopped = _infinite(
             spec, first, second, (dead_q & (p > 0)).any(-1), (dead_p & (q > 0)).any(-1)
         )
-        value = torch.where(stopped, torch.inf, value + torch.where(flowing, torch.inf, 0.0))
+        # A row without gradient: its terms may be 0 * inf.
+        lp, lq = (torch.where(stopped[:, None], 0.0, x) for x in (lp, lq))
+        p, q = lp.exp(), lq.exp()
+    entries = torch.zeros_like(lq)
+    if spec.forward_kl:
+        entries = entries + spec.forward_kl * _summand(lp, lq, spec.clip_signed)
+    if spec.reverse_kl:
+        entries = entries + spec.reverse_kl * _summand(lq, lp, spec.clip_signed)
+    if spec.cross_entropy:
+        entries = entries - spec.cross_entropy * (p * lq)
+    if spec.entropy:
+        entries = entries - spec.entropy * (q * lq)
+    if spec.kind:
+        entries = entries + spec.other * _other(lp, lq, spec, first, second)
+    if spec.clip_element > 0:
+        entries = torch.where(entries > spec.clip_element, spec.clip_element, entries)
+    value = entries.sum(-1)
+    if spec.outer != S.IDENTITY:  # such a kind stands alone
+        value = _outer(value, lp, lq, spec, first)
+    value = torch.where(stopped, torch.inf, value + torch.where(flowing, torch.inf, 0.0))
     divergence = torch.where(impossible, zero, value)
     value = divergence
     if spec.clip_token > 0:
@@ -234,12 +277,14 @@ def _label_index(labels: Tensor, selected: Tensor, dead: Tensor) -> Tensor:
     return torch.where(selected & ~bad, labels, torch.zeros_like(labels))[:, None]
 
 
-def _widen(log_probability: Tensor, dead: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _widen(
+    log_probability: Tensor, dead: Tensor, width: int, lowest: float
+) -> tuple[Tensor, Tensor]:
     missing = width - log_probability.shape[-1]
     if missing == 0:
         return log_probability, dead
     pad = torch.nn.functional.pad
-    return pad(log_probability, (0, missing), value=_LOWEST), pad(dead, (0, missing), value=True)
+    return pad(log_probability, (0, missing), value=lowest), pad(dead, (0, missing), value=True)
 
 
 def selection(
@@ -257,7 +302,9 @@ def unit_factors(
 ) -> Tensor:
     """selected / divisor, (N,) float64: what multiplies weight x row value."""
     unit = selected.double()
-    counted = unit * weight if spec.normalize_weights and weight is not None else unit
+    counted = unit
+    if spec.normalize_weights and weight is not None:
+        counted = torch.where(selected, weight, 0.0)
     if spec.reduction in (S.NONE, S.SUM):
         return unit
     if num_items is not None:
@@ -405,7 +452,7 @@ def divergence_fwd(
     weight = None if weight is None else weight.double()
     items = None if num_items is None else num_items.double()
     unit = unit_factors(selected, weight, items, spec)
-    factor = unit if weight is None else unit * weight
+    factor = unit if weight is None else torch.where(unit == 0, 0.0, unit * weight)
     weighted = torch.where(factor == 0, 0.0, rows.detach() * factor)
     value.copy_(weighted if spec.reduction == S.NONE else weighted.sum())
     stats.zero_()
@@ -455,3 +502,10 @@ def divergence_bwd(
 def scale(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor (0-d), in place."""
     tensor.mul_(factor.to(tensor.dtype))
+
+
+from .torch_token_stats import (  # noqa: E402,F401  needs the functions above
+    label_log_probs_bwd,
+    label_log_probs_fwd,
+    token_stats,
+)

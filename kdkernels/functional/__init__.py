@@ -11,10 +11,12 @@ from .sinkhorn import sinkhorn, sinkhorn_assign, transport
 from .sinkhorn_divergence import sinkhorn_divergence
 from .sliced_gromov_wasserstein import sliced_gromov_wasserstein
 from .sorted_transport import sorted_transport
+from .token_stats import TokenStats, kl_estimate, label_log_probs, token_stats
 
 __all__ = [
     "LayerMatch",
     "Projector",
+    "TokenStats",
     "contrastive",
     "divergence",
     "feature",
@@ -22,6 +24,8 @@ __all__ = [
     "graph_on_logits",
     "gromov_wasserstein",
     "jensen_shannon",
+    "kl_estimate",
+    "label_log_probs",
     "match_layers",
     "plackett_luce",
     "ranking",
@@ -32,6 +36,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sliced_gromov_wasserstein",
     "sorted_transport",
+    "token_stats",
     "total_variation",
     "transport",
 ]

@@ -1,4 +1,4 @@
-"""Argument checks that every public function shares. Nothing here reads tensor data."""
+"""Argument checks that public functions share. Nothing here reads tensor data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..backends.registry import settings
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -67,3 +69,39 @@ def same_device(tensor: Tensor, argument: str, like: Tensor) -> None:
         raise ValueError(
             f"{argument}: expected a tensor on {like.device} like the student, got {tensor.device}"
         )
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether reading the tensor's data costs no synchronisation, or the caller asked for it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" or settings().debug
+
+
+def check_inplace(student: Tensor, teacher: Tensor | None, reduction: str, compiling: bool) -> bool:
+    """Refuse what must not be overwritten; False where there is no gradient to write."""
+    if compiling or torch._C._are_functorch_transforms_active():
+        raise ValueError("inplace: not under torch.compile or torch.func; use inplace=False")
+    if reduction == "none":
+        raise ValueError("inplace: reduction 'none' has no gradient to write in the forward pass")
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return False
+    if student.is_leaf:
+        raise ValueError("inplace: student is a leaf that requires grad; it would be overwritten")
+    if any(n > 1 and s == 0 for n, s in zip(student.shape, student.stride())):
+        raise ValueError("inplace: student is expanded; its rows share memory")
+    if overlaps(student):
+        raise ValueError("inplace: student overlaps itself in memory")
+    if teacher is not None and teacher.data_ptr() == student.data_ptr():
+        raise ValueError("inplace: student and teacher are the same memory")
+    return True
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some stride is shorter than what lies inside it."""
+    extent = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False

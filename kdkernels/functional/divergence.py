@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,15 +12,21 @@ from torch import Tensor
 from ..backends import spec as S
 from ..backends.registry import settings
 from ..backends.spec import DivergenceSpec
+from ..inputs import Clip, LogitMix, Mapped, ProbMix, TopK
 from ..ops import divergence as ops
 from ..ops.common import compute_dtype
-from .checks import check_floats, check_number, per_row, same_device
-from .kinds import KindTuple, check_parameter, program
+from .checks import check_floats, check_inplace, check_number, per_row, same_device
+from .checks import may_look as _may_look
+from .composed import composed
+from .kinds import KindTuple, check_parameter, program, splits
+
+if TYPE_CHECKING:
+    from .token_stats import TokenStats
 
 
 def divergence(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | LogitMix | ProbMix | Mapped | TopK | Sequence | None,
     kind: str | KindTuple = "forward_kl",
     *,
     beta: float | Tensor | None = None,
@@ -26,20 +34,26 @@ def divergence(
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     temperature_squared: bool = False,
+    standardize: bool = False,
+    teacher_bias: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     label_weight: float = 0.0,
-    clip: float | None = None,
+    clip: float | Clip | None = None,
+    support: Tensor | tuple[Tensor, str] | None = None,
     detach_mixture: bool = False,
     reduction: str = "mean",
     normalize: str = "rows",
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
+    class_dim: int = -1,
+    teacher_weights: Tensor | Sequence[float] | None = None,
     inplace: bool = False,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence D(p, q) between p = softmax(teacher / tau_t) and q = softmax(student / tau_s).
 
     For each selected row, in this order: D, clip, x tau_s^2 if asked, + label_weight x cross
@@ -49,9 +63,15 @@ def divergence(
     Args:
         student: logits [..., V]; float32, float16, bfloat16 or float64.
         teacher: logits [..., V] of any of these dtypes (float64 with float64), or None for kind
-            "entropy". Gets a gradient only where it requires one.
-        kind: a name, or a tuple of (name, coefficient): a weighted sum in one pass. Names, with p
-            the teacher, q the student and sums over the vocabulary:
+            "entropy"; also kd.LogitMix, kd.ProbMix or kd.Mapped (one temporary row tensor),
+            kd.TopK (as `support` on its ids; at another temperature than its own, stored entries
+            are raised to their ratio and "bucket"'s rest as one of them, which is inexact; a floor
+            is refused), or a list of any of them: the sum of their divergences, one pass each. Gets
+            a gradient only where it requires one.
+        kind: a name, or a tuple of (name, coefficient): a weighted sum, where the linear ones
+            (forward_kl, reverse_kl, cross_entropy, jeffreys, entropy) combine with one of the
+            others in one pass (two with hellinger, bhattacharyya, renyi: functions of a whole
+            sum). Names, with p the teacher, q the student and sums over the vocabulary:
             "forward_kl" sum p log(p/q); "cross_entropy" -sum p log q; "reverse_kl" sum q log(q/p);
             "jeffreys" forward_kl + reverse_kl; "entropy" -sum q log q;
             "jensen_shannon" beta KL(p,M) + (1-beta) KL(q,M), M = beta p + (1-beta) q, where beta
@@ -68,12 +88,24 @@ def divergence(
         temperature: tau_s > 0, a number or a tensor [...] (or 0-d), with gradient.
         teacher_temperature: tau_t > 0 likewise; defaults to `temperature`.
         temperature_squared: multiply D by tau_s^2 (Hinton et al., 2015).
+        standardize: z-score each row first (population standard deviation over its possible
+            entries, no epsilon), both sides, gradient through mean and deviation (Sun et al., 2024,
+            logit standardization): a softmax does not see the mean, so this is a temperature of
+            tau x deviation. A constant row counts as deviation 1. tau^2 stays tau^2.
+        teacher_bias: [V], added to the teacher's logits (one temporary tensor); gets a gradient
+            where it requires one. -center is DINO's centring.
         labels: int64 [...]; rows with `ignore_index` are not selected. Aligned with the logits: no
             shift is done here.
         mask: bool [...]; False rows are not selected (ANDed with the labels).
         weight: float [...]; multiplies row values, with gradient. Weight 0 rows still count.
         label_weight: coefficient of the cross entropy with `labels` at tau = 1, in the same pass.
-        clip: upper bound of each row's D; the gradient is 0 above it.
+        clip: upper bound of each row's D, where the gradient is 0 above it, or kd.Clip. With
+            several teachers `token` and `quantile` bound their sum, `element` each one's entries.
+        support: ids [..., K], or (ids, tail): both rows restricted to these columns; -1 = absent.
+            Tails: "bucket" (default; one more cell with the rest of each row), "renormalize"
+            (teacher p/P_K on them and 0 elsewhere, student whole), "renormalize_both", "ignore"
+            (teacher p on them, not renormalised; forward_kl and cross_entropy only). The rows'
+            log-sum-exps and a boolean [..., V] are made by torch; the kernel sees K + 1 cells.
         detach_mixture: "skew_reverse_kl" only: the mixture's student part carries no gradient.
         reduction: "none" (values [...]), "sum", "mean", "batchmean" (sum / size of dim 0),
             "sequence_mean" (mean over the rows of each entry of dim 0, then over entries that have
@@ -83,7 +115,13 @@ def divergence(
             data parallel).
         vocab_size, teacher_vocab_size: valid columns of padded heads; beyond them a logit counts as
             -inf. Needed where student and teacher have different widths.
+        class_dim: the class dimension, e.g. 1 for [B, C, H, W]; the leading shape is the rest. The
+            kernels read rows of classes: where classes are not next to each other in memory, each
+            side is copied once (channels_last is not copied), and the gradient is a view of rows.
+        teacher_weights: with a list of teachers their coefficients: numbers or a tensor [K], or
+            [..., K], with gradient; 1 each otherwise.
         inplace: the gradient may overwrite `student` (saves one logits tensor; backward runs once).
+        return_stats: return (loss, `TokenStats`): `token_stats` of the same call, without gradient.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or [...] for reduction "none". A row value has a
@@ -95,6 +133,45 @@ def divergence(
             tell (label range, tensor parameters) raises on CPU tensors in eager mode, and on CUDA
             under `kdkernels.debug()`; otherwise that row is NaN with gradient 0.
     """
+    if (
+        (teacher is not None and not isinstance(teacher, Tensor))
+        or standardize
+        or teacher_bias is not None
+        or support is not None
+        or class_dim != -1
+        or teacher_weights is not None
+        or (clip is not None and isinstance(clip, Clip) and clip.quantile is not None)
+        or (not isinstance(kind, str) and splits(kind))
+    ):
+        return composed(
+            divergence,
+            student,
+            teacher,
+            kind,
+            beta=beta,
+            alpha=alpha,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            temperature_squared=temperature_squared,
+            standardize=standardize,
+            teacher_bias=teacher_bias,
+            labels=labels,
+            ignore_index=ignore_index,
+            mask=mask,
+            weight=weight,
+            label_weight=label_weight,
+            clip=clip,
+            support=support,
+            detach_mixture=detach_mixture,
+            reduction=reduction,
+            normalize=normalize,
+            num_items=num_items,
+            vocab_size=vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+            class_dim=class_dim,
+            teacher_weights=teacher_weights,
+            inplace=inplace,
+        )
     check_floats(student, "student")
     if student.dim() < 1 or student.shape[-1] < 1:
         raise ValueError(f"student: expected shape [..., V], V >= 1, got {tuple(student.shape)}")
@@ -151,13 +228,28 @@ def divergence(
     if mask is not None:
         rest = rest._replace(mask=_mask(mask, leading, student))
     if weight is not None:
-        weight = _weight(weight, leading, student)
-    if inplace and _check_inplace(student, teacher, reduction, compiling):
+        weight = _weight(weight, leading, student, rest)
+    if inplace and check_inplace(student, teacher, reduction, compiling):
         rest = rest._replace(inplace=True)
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
+    if return_stats:  # before the gradient may overwrite the logits
+        from .token_stats import token_stats
+
+        stats = token_stats(
+            student,
+            teacher,
+            labels,
+            temperature,
+            teacher_temperature,
+            mask,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+        )
     value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
-    return value.view(leading) if reduction == "none" else value
+    value = value.view(leading) if reduction == "none" else value
+    return (value, stats) if return_stats else value
 
 
 def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
@@ -236,12 +328,15 @@ def _constants(
         width,
         teacher_width,
     )
-    if not (spec.kind and spec.other) and not any(spec[:4]):
-        raise ValueError(f"kind: every coefficient is 0, got {kind!r}")
+    nothing = not (spec.kind and spec.other) and not any(spec[:4])
+    if nothing:
+        if not spec.label_weight:
+            raise ValueError(f"kind: every coefficient is 0, got {kind!r}")
+        spec = spec._replace(**_NO_KIND)  # the cross entropy with the labels alone
     reads = spec.kind or spec.forward_kl or spec.reverse_kl or spec.cross_entropy
     if teacher_width is None and reads:
         raise ValueError(f"teacher: None is for kind 'entropy' alone, got kind {kind!r}")
-    if teacher_width is not None and not reads:
+    if teacher_width is not None and not reads and not nothing:
         raise ValueError(f"teacher: kind {kind!r} has no teacher; pass None")
     return ops.Rest(None, None, None, None, None, spec._replace(batch=float(batch)), False, False)
 
@@ -329,8 +424,11 @@ def _spec(
         num_items = check_number(num_items, "num_items", positive=True)
         if reduction != "mean":
             raise ValueError(f"num_items: goes with reduction 'mean', got {reduction!r}")
-    if clip is not None:
-        clip = check_number(clip, "clip", positive=True)
+    bounds = clip if isinstance(clip, Clip) else Clip(token=clip)
+    token, element = (
+        0.0 if bound is None else check_number(bound, f"clip{name}", positive=True)
+        for bound, name in ((bounds.token, ""), (bounds.element, ": element"))
+    )
     columns = _columns(vocab_size, "vocab_size", width)
     teacher_columns = 0
     if teacher_width is not None:
@@ -351,7 +449,9 @@ def _spec(
         temperature_squared=float(bool(temperature_squared)),
         label_weight=check_number(label_weight, "label_weight"),
         ignore_index=float(ignore_index),
-        clip_token=clip or 0.0,
+        clip_token=token,
+        clip_element=element,
+        clip_signed=float(bool(bounds.signed)),
         reduction=float(S.REDUCTIONS[reduction]),
         normalize_weights=float(normalize == "weights"),
         num_items=num_items or 0.0,
@@ -385,11 +485,16 @@ def _labels(labels: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
     return labels.to(torch.int64).reshape(-1).contiguous()
 
 
-def _weight(weight: Tensor, leading: torch.Size, student: Tensor) -> Tensor:
+def _weight(weight: Tensor, leading: torch.Size, student: Tensor, rest: ops.Rest) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
     weight = per_row(weight, "weight", leading, student, compute_dtype(student))
-    _check_rows(weight, "weight")
+    if _may_look(weight) and bool(weight.detach().isnan().any()):
+        broken = weight.detach().isnan()
+        if rest.labels is not None:
+            broken = broken & (rest.labels != int(rest.spec.ignore_index))
+        if bool((broken if rest.mask is None else broken & rest.mask).any()):
+            raise ValueError("weight: NaN in a selected row")
     return weight
 
 
@@ -417,59 +522,18 @@ def _num_items(num_items: Tensor, reduction: str, student: Tensor, dtype: torch.
     return items
 
 
-def _may_look(tensor: Tensor) -> bool:
-    """Whether reading the tensor's data costs no synchronisation, or the caller asked for it."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return tensor.device.type == "cpu" or settings().debug
-
-
 def _check_rows(rows: Tensor, argument: str, names: tuple[str, ...] = ()) -> None:
     """Data of a per-row parameter, where it may be looked at."""
     if not _may_look(rows) or rows.numel() == 0:
         return
     low, high = (float(x) for x in torch.aminmax(rows.detach()))
-    if argument == "weight":
-        if low != low:
-            raise ValueError("weight: contains NaN")
-    elif argument in ("temperature", "teacher_temperature"):
+    if argument in ("temperature", "teacher_temperature"):
         if not (low > 0.0 and high < float("inf")):
             raise ValueError(f"{argument}: expected finite numbers > 0, got {low!r} to {high!r}")
     else:
         for name in names:
             check_parameter(name, argument, low)
             check_parameter(name, argument, high)
-
-
-def _check_inplace(
-    student: Tensor, teacher: Tensor | None, reduction: str, compiling: bool
-) -> bool:
-    """Refuse what must not be overwritten; False where there is no gradient to write."""
-    if compiling or torch._C._are_functorch_transforms_active():
-        raise ValueError("inplace: not under torch.compile or torch.func; use inplace=False")
-    if reduction == "none":
-        raise ValueError("inplace: reduction 'none' has no gradient to write in the forward pass")
-    if not (student.requires_grad and torch.is_grad_enabled()):
-        return False
-    if student.is_leaf:
-        raise ValueError("inplace: student is a leaf that requires grad; it would be overwritten")
-    if any(n > 1 and s == 0 for n, s in zip(student.shape, student.stride())):
-        raise ValueError("inplace: student is expanded; its rows share memory")
-    if _overlaps(student):
-        raise ValueError("inplace: student overlaps itself in memory")
-    if teacher is not None and teacher.data_ptr() == student.data_ptr():
-        raise ValueError("inplace: student and teacher are the same memory")
-    return True
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: some stride is shorter than what lies inside it."""
-    extent = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
-        if stride < extent:
-            return True
-        extent += stride * (size - 1)
-    return False
 
 
 def _debug(

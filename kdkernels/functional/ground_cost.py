@@ -45,6 +45,13 @@ def ground_cost(
     if x.dim() != y.dim():
         x = x if x.dim() == 3 else x.expand(y.shape[0], *x.shape)
         y = y if y.dim() == 3 else y.expand(x.shape[0], *y.shape)
+    # Autocast would round the GEMM's operands to half: epsilon divides the cost's error.
+    with torch.autocast(x.device.type, enabled=False):
+        return _named_cost(x, y, cost, teacher_lengths)
+
+
+def _named_cost(x: Tensor, y: Tensor, cost: str, teacher_lengths: Tensor | None) -> Tensor:
+    """One of COSTS between clouds of one dtype and batch."""
     if cost == "sqeuclidean":
         return square_distance(x, y)
     if cost == "euclidean":
@@ -58,7 +65,7 @@ def ground_cost(
     scores = x @ y.transpose(-1, -2) / x.shape[-1] ** 0.5
     if isinstance(teacher_lengths, Tensor):
         inside = torch.arange(y.shape[-2], device=y.device) < teacher_lengths.reshape(-1, 1)
-        scores = scores.masked_fill(~inside[:, None, :], torch.finfo(dtype).min)
+        scores = scores.masked_fill(~inside[:, None, :], torch.finfo(x.dtype).min)
     return 1.0 - scores.softmax(-1)
 
 

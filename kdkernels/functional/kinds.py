@@ -56,6 +56,12 @@ _LIMITS = {
 }
 
 
+_TOO_MANY = (
+    "kind: forward_kl, reverse_kl, cross_entropy, jeffreys and entropy combine freely, with one "
+    "other kind at most; got {}"
+)
+
+
 def look_up(name: str) -> Kind:
     """The kind called `name`; ValueError with the nearest names otherwise."""
     found = KINDS.get(name)
@@ -119,6 +125,29 @@ def _pairs(kind: str | KindTuple) -> KindTuple:
     return tuple(out)
 
 
+def splits(kind: KindTuple) -> bool:
+    """Whether a tuple needs more than one pass: a kind that is a function of a whole sum
+    (hellinger, bhattacharyya, renyi) stands in it beside others or with a coefficient."""
+    pairs = _pairs(kind)
+    return any(KINDS[name].outer for name, _ in pairs) and pairs != ((pairs[0][0], 1.0),)
+
+
+def parts_of(kind: str | KindTuple, beta, alpha) -> list[tuple[float, str | KindTuple, dict]]:
+    """(coefficient, kind, its parameters) of each pass that `kind` needs."""
+    parameters = {"beta": beta, "alpha": alpha}
+    if isinstance(kind, str) or not splits(kind):
+        return [(1.0, kind, parameters)]
+    pairs = _pairs(kind)
+    whole = [(n, c) for n, c in pairs if KINDS[n].outer]
+    linear = tuple((n, c) for n, c in pairs if not KINDS[n].outer and c != 0.0)
+    if sum(KINDS[n].code != S.KIND_NONE for n, _ in pairs) > 1:
+        raise ValueError(_TOO_MANY.format(", ".join(n for n, _ in pairs)))
+    (name, coefficient), *_ = whole
+    taken = parameters if KINDS[name].parameters else {}
+    out = [(coefficient, name, taken)]
+    return [(1.0, linear, {} if taken else parameters), *out] if linear else out
+
+
 class Program(NamedTuple):
     """What `kind`, `beta` and `alpha` mean: numbers of the spec, and per-row parameters."""
 
@@ -160,10 +189,7 @@ def program(
         if found.code == S.KIND_NONE:
             continue
         if "kind" in numbers:
-            raise ValueError(
-                "kind: forward_kl, reverse_kl, cross_entropy, jeffreys and entropy combine freely, "
-                f"with one other kind at most; got {', '.join(n for n, _ in pairs)}"
-            )
+            raise ValueError(_TOO_MANY.format(", ".join(n for n, _ in pairs)))
         numbers.update(kind=float(found.code), other=coefficient, outer=float(found.outer))
         numbers["detach_mixture"] = float(detach_mixture)
         for field, (argument, value) in zip(("first", "second"), values):

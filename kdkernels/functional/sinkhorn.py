@@ -114,8 +114,8 @@ def sinkhorn(
     teacher_lengths = _lengths(teacher_lengths, "teacher_lengths", batch, columns, cost)
     a = _marginal(a, "a", batch, rows, cost, dtype)
     b = _marginal(b, "b", batch, columns, cost, dtype)
-    if value != "sharp" or ((a is None) != (b is None) and reach is None):
-        # The value's formula, and the comparison of masses, want them in full.
+    if value != "sharp" or (a is None) != (b is None):
+        # The value's formula, and the look at the marginals, want them in full.
         a = _uniform(batch, rows, student_lengths, dense) if a is None else a
         b = _uniform(batch, columns, teacher_lengths, dense) if b is None else b
     bad = None
@@ -349,9 +349,11 @@ def _check_marginals(a, b, student_lengths, teacher_lengths, *, balanced: bool):
     b = b if inside_b is None else torch.where(inside_b, b, 0.0)
     plain_a, plain_b = a.detach(), b.detach()
     mass_a, mass_b = plain_a.sum(-1), plain_b.sum(-1)
-    both = (mass_a > 0) & (mass_b > 0)
     # Masses made in half precision differ by its rounding.
-    unequal = ((mass_a - mass_b).abs() > 1e-3 * torch.maximum(mass_a, mass_b)) & both
+    unequal = (mass_a - mass_b).abs() > 1e-3 * torch.maximum(mass_a, mass_b)
+    for lengths in (student_lengths, teacher_lengths):
+        if lengths is not None:  # an empty problem has no mass on that side
+            unequal = unequal & (lengths > 0)
     if _may_look(a):
         for argument, marginal in (("a", plain_a), ("b", plain_b)):
             if not bool((marginal >= 0).all()) or bool(marginal.isinf().any()):

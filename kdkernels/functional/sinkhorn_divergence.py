@@ -131,7 +131,8 @@ def _diameter(x: Tensor, y: Tensor) -> float:
 
 
 def _cloud_cost(x: Tensor, y: Tensor, p: int) -> Tensor:
-    square = square_distance(x, y)
+    with torch.autocast(x.device.type, enabled=False):
+        square = square_distance(x, y)
     return square / 2 if p == 2 else square.clamp(min=1e-8).sqrt()
 
 

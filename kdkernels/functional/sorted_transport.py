@@ -106,7 +106,9 @@ def sorted_transport(
         x is not None and x.requires_grad for x in (teacher, scale_s, scale_t, factor)
     )
     eager = not torch.compiler.is_compiling() and not functorch_active()
-    if only_student and eager and torch.is_grad_enabled():
+    # A float16 gradient made before the loss scale arrives would have lost its small entries.
+    prepare = eager and torch.is_grad_enabled() and student.dtype != torch.float16
+    if only_student and prepare:
         return ops.sorted_transport_total(*arguments, factor, tau, tau_t)
     return (ops.sorted_transport(*arguments, tau, tau_t) * factor).sum()
 

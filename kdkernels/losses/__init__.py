@@ -6,6 +6,13 @@ from .attention_maps import (
     CrossModalAttentionLoss,
     SoftCodeAssignmentLoss,
 )
+from .class_scores import (
+    BinaryKDLoss,
+    LabelAugmentationSDLoss,
+    QualityFocalLoss,
+    SubclassKDLoss,
+    XDEDLoss,
+)
 from .clip import CLIPKDLoss, TinyCLIPLoss
 from .contrast import (
     ContrastiveLoss,
@@ -16,6 +23,7 @@ from .contrast import (
     SupervisedContrastiveLoss,
 )
 from .cot2align import CoT2AlignLoss
+from .dskd import DSKDCMALoss, DSKDLoss
 from .feature_transport import FeatureTransportLoss
 from .features import (
     CATKDLoss,
@@ -35,9 +43,29 @@ from .features import (
     VkDLoss,
 )
 from .graph_on_logits import GraphOnLogitsLoss
+from .hidden_and_logits import DistilBERTLoss, FalconLoss, FSPADLoss, MinitronLoss
 from .minilm import MiniLMLoss, MiniLMv2Loss
+from .mixed_targets import (
+    LogitStandardizationLoss,
+    MEALV2Loss,
+    MFTLoss,
+    MultiTeacherLoss,
+    MutualLoss,
+    PSKDLoss,
+)
 from .multi_level_ot import MultiLevelOTLoss
 from .opta import OpTALoss
+from .policy import (
+    CurioSFTLoss,
+    DistiLLM2Loss,
+    DPOLoss,
+    ImportanceWeightedReverseKLLoss,
+    IWOPDLoss,
+    KDRLLoss,
+    RLTFSDLoss,
+    SDPOLoss,
+)
+from .privileged import AlignDistilLoss, OPSDLoss
 from .rank import (
     ADRMSELoss,
     BiAlignLoss,
@@ -55,8 +83,35 @@ from .rank import (
     ScoreMSELoss,
 )
 from .registry import CatalogueEntry, catalogue, loss, register
+from .restricted_rows import RandomSamplingKDLoss, SDFTLoss, SDZeroLoss, Text2TokenLoss
+from .row_divergences import (
+    ABKDLoss,
+    ContextDistillationLoss,
+    DistiLLMLoss,
+    EntropyLoss,
+    GKDLoss,
+    HardLabelLoss,
+    KDLoss,
+    KVDistillLoss,
+    LLaVAMoDLoss,
+    MiniLLMLoss,
+    PiDistillLoss,
+    SoftCrossEntropyLoss,
+)
+from .row_targets import (
+    ConfidenceWeightedLabelsLoss,
+    CTKDLoss,
+    DISTLoss,
+    DKDLoss,
+    DTKDLoss,
+    OFAKDLoss,
+    PermutedTargetsLoss,
+    WindowedKLLoss,
+)
+from .row_weights import AdaKDLoss, AdaSPECLoss, AKLLoss, BDKDLoss, DParallelLoss, TSDKDLoss
 from .similarity import AffinityLoss, CKALoss, ICKDLoss, PKTLoss, RKDLoss, SimilarityPreservingLoss
 from .sinkd import SinKDLoss
+from .taid import TAIDLoss
 from .token_relations import (
     CIRKDLoss,
     DINOv3GramLoss,
@@ -65,55 +120,107 @@ from .token_relations import (
 )
 from .trg import TRGLoss
 from .uld import ULDLoss
+from .unisd import UniSDLoss
 from .wkd import WKDFLoss, WKDLLoss
 
 __all__ = [
+    "ABKDLoss",
     "ADRMSELoss",
+    "AKLLoss",
+    "AdaKDLoss",
+    "AdaSPECLoss",
     "AffinityLoss",
+    "AlignDistilLoss",
     "AlignToDistillLoss",
     "AttentionLoss",
+    "BDKDLoss",
     "BiAlignLoss",
+    "BinaryKDLoss",
     "CATKDLoss",
     "CIRKDLoss",
     "CKALoss",
     "CLIPKDLoss",
     "CRDLoss",
+    "CTKDLoss",
     "CatalogueEntry",
     "CoT2AlignLoss",
+    "ConfidenceWeightedLabelsLoss",
+    "ContextDistillationLoss",
     "ContrastiveLoss",
     "CosineLoss",
     "CrossModalAttentionLoss",
+    "CurioSFTLoss",
     "DINOLoss",
     "DINOv3GramLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "DPOLoss",
+    "DParallelLoss",
+    "DSKDCMALoss",
+    "DSKDLoss",
+    "DTKDLoss",
     "DeARLoss",
     "DiSCoLoss",
+    "DistiLLM2Loss",
+    "DistiLLMLoss",
+    "DistilBERTLoss",
+    "EntropyLoss",
     "FIRSTLoss",
+    "FSPADLoss",
+    "FalconLoss",
     "FeatureTransportLoss",
+    "GKDLoss",
     "GraphOnLogitsLoss",
+    "HardLabelLoss",
     "HiddenMSELoss",
     "ICKDLoss",
+    "IWOPDLoss",
+    "ImportanceWeightedReverseKLLoss",
+    "KDLoss",
+    "KDRLLoss",
+    "KVDistillLoss",
     "L1Loss",
     "LEADLoss",
+    "LLaVAMoDLoss",
+    "LabelAugmentationSDLoss",
     "LayerSelectionLoss",
     "ListNetLoss",
     "LogSigmoidCosineLoss",
+    "LogitStandardizationLoss",
+    "MEALV2Loss",
+    "MFTLoss",
     "MMDLoss",
     "MarginCosineLoss",
     "MarginMSELoss",
     "MaskedMSELoss",
+    "MiniLLMLoss",
     "MiniLMLoss",
     "MiniLMv2Loss",
+    "MinitronLoss",
     "MomentumDistillationLoss",
     "MultiLevelOTLoss",
+    "MultiTeacherLoss",
+    "MutualLoss",
     "NormalizedMSELoss",
+    "OFAKDLoss",
+    "OPSDLoss",
     "OpTALoss",
     "PKTLoss",
     "PLDLoss",
+    "PSKDLoss",
     "PairwiseHingeLoss",
+    "PermutedTargetsLoss",
+    "PiDistillLoss",
     "PixelContrastiveLoss",
+    "QualityFocalLoss",
     "REPALoss",
     "RKDLoss",
+    "RLTFSDLoss",
+    "RandomSamplingKDLoss",
     "RankNetLoss",
+    "SDFTLoss",
+    "SDPOLoss",
+    "SDZeroLoss",
     "ScoreBCELoss",
     "ScoreKLLoss",
     "ScoreMSELoss",
@@ -121,17 +228,25 @@ __all__ = [
     "SinKDLoss",
     "SmoothL1Loss",
     "SoftCodeAssignmentLoss",
+    "SoftCrossEntropyLoss",
     "StructuredPairwiseLoss",
+    "SubclassKDLoss",
     "SupervisedContrastiveLoss",
+    "TAIDLoss",
     "TEDLoss",
     "TRGLoss",
+    "TSDKDLoss",
+    "Text2TokenLoss",
     "TinyCLIPLoss",
     "TokenRelationDistillationLoss",
     "ULDLoss",
     "UNICLoss",
+    "UniSDLoss",
     "VkDLoss",
     "WKDFLoss",
     "WKDLLoss",
+    "WindowedKLLoss",
+    "XDEDLoss",
     "catalogue",
     "loss",
     "register",

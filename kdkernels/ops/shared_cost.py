@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.transport_spec import SinkhornSpec
+from .once import refuse_second
 
 # Largest |cost| / epsilon: exp(60) squared, times a few thousand, still fits into float32.
 _REACH = {torch.float32: 40.0, torch.float64: 300.0}
@@ -29,6 +29,12 @@ class SharedSinkhorn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cost, a, b, spec: SinkhornSpec):
+        # Autocast would make the GEMMs' operands half.
+        with torch.autocast(cost.device.type, enabled=False):
+            return SharedSinkhorn._value(ctx, cost, a, b, spec)
+
+    @staticmethod
+    def _value(ctx, cost, a, b, spec: SinkhornSpec):
         kernel = (-cost / spec.epsilon).exp()
         history = []  # (divisor, scaling over marginal) of each half-iteration, rows and columns
         u, v = (a > 0).to(a.dtype), (b > 0).to(b.dtype)
@@ -58,8 +64,16 @@ class SharedSinkhorn(torch.autograd.Function):
         return ((u @ weighted) * v).sum(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            grads = SharedSinkhorn._gradients(ctx, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = (*ctx.saved_tensors[:3], upstream)
+            grads = (refuse_second("sinkhorn", grad, *sources) for grad in grads)
+        return (*grads, None)
+
+    @staticmethod
+    def _gradients(ctx, upstream):
         cost, a, b, kernel, start = ctx.saved_tensors
         spec, history = ctx.spec, ctx.history
         weighted = kernel * cost
@@ -104,4 +118,4 @@ class SharedSinkhorn(torch.autograd.Function):
             plan = (a * rho * scale).T @ (b * sigma) * kernel  # sum over problems, weighted
             outer = torch.cat(left).T @ torch.cat(right)
             grad_cost = plan * (1 - cost / spec.epsilon) + kernel * outer / spec.epsilon
-        return grad_cost, grad_a, grad_b, None
+        return grad_cost, grad_a, grad_b

@@ -21,6 +21,7 @@ from .common import (
     refuse_jvp,
     refuse_vmap,
 )
+from .once import refuse_dual, refuse_second
 
 _library = torch.library.Library("kdkernels", "FRAGMENT")
 
@@ -201,6 +202,13 @@ def _call(op, fn, *args):
     return _Opaque.apply(fn, *args) if functorch_active() else op(*args)
 
 
+def _once(name: str, grads: list[Tensor | None], sources: list[Tensor]) -> list[Tensor | None]:
+    """The gradients; under create_graph=True such that differentiating them raises."""
+    if not torch.is_grad_enabled() or functorch_active():
+        return grads
+    return [refuse_second(name, grad, *sources) for grad in grads]
+
+
 def _sinkhorn_setup(ctx, inputs, output):
     cost, a, b, student_lengths, teacher_lengths, spec, _, linear, sums, plan = inputs
     f, g, done = output[6:]
@@ -223,17 +231,14 @@ def _sinkhorn_autograd(ctx, *upstream):
         bars = [bars[0], None, None, None, None, None]
         if bars[0] is None:
             return (None,) * 10
-    need_cost, need_a, need_b = ctx.needs_input_grad[:3]
-    grad_cost, grad_a, grad_b = _call(
+    need = ctx.needs_input_grad[:3]
+    made = _call(
         torch.ops.kdkernels.sinkhorn_bwd.default, _sinkhorn_bwd,
-        cost, a, b, student_lengths, teacher_lengths, f, g, done, *bars, list(spec), need_cost,
+        cost, a, b, student_lengths, teacher_lengths, f, g, done, *bars, list(spec), need[0],
     )  # fmt: skip
-    return (
-        grad_cost if need_cost else None,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        *(None,) * 7,
-    )
+    grads = [grad if wanted else None for grad, wanted in zip(made, need, strict=True)]
+    sources = [x for x in (cost, a, b, *bars) if x is not None]
+    return (*_once("sinkhorn", grads, sources), *(None,) * 7)
 
 
 class _FunctorchSinkhorn(torch.autograd.Function):
@@ -261,6 +266,7 @@ def sinkhorn(
 ) -> Solution:
     """One run over a batch of problems. `keep`: all iterations are stored, for the unrolled
     backward; otherwise only the last."""
+    refuse_dual("sinkhorn", cost, a, b)
     history = int(spec.iterations) if keep else 1
     run = _FunctorchSinkhorn.apply if functorch_active() else torch.ops.kdkernels.sinkhorn.default
     return Solution(
@@ -360,17 +366,15 @@ def _sorted_autograd(ctx, upstream, _):
         grad_student = backward(student, teacher, mask, cs, ct, ex_s, ex_t, upstream, tau_s, tau_t)
     if need[1]:  # the distance is symmetric
         grad_teacher = backward(teacher, student, mask, ct, cs, ex_t, ex_s, upstream, tau_t, tau_s)
-    return (
+    grads = [
         grad_student,
         grad_teacher,
-        None,
         upstream * slopes[:, 0] if need[3] else None,
         upstream * slopes[:, 1] if need[4] else None,
-        None,
-        None,
-        None,
-        None,
-    )
+    ]
+    sources = [x for x in (student, teacher, cs, ct, upstream) if x is not None]
+    grad_student, grad_teacher, grad_cs, grad_ct = _once("sorted_transport", grads, sources)
+    return (grad_student, grad_teacher, None, grad_cs, grad_ct, None, None, None, None)
 
 
 class _FunctorchSorted(torch.autograd.Function):
@@ -399,8 +403,13 @@ class _Sorted(torch.autograd.Function):
         return (value * coefficient).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        grads = [_Sorted._gradient(ctx, upstream)]
+        return (*_once("sorted_transport", grads, [ctx.saved_tensors[0], upstream]), *(None,) * 9)
+
+    @staticmethod
+    @torch.no_grad()
+    def _gradient(ctx, upstream):
         student, teacher, cs, ct, coefficient = ctx.saved_tensors
         grad, ctx.prepared = ctx.prepared, None
         if grad is None:  # a second backward of a retained graph
@@ -411,7 +420,7 @@ class _Sorted(torch.autograd.Function):
             )[2]  # fmt: skip
         else:
             grad = _scaled(grad, upstream)
-        return (grad, *(None,) * 9)
+        return grad
 
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
@@ -430,6 +439,7 @@ def sorted_transport(
     student_temperature: float, teacher_temperature: float,
 ) -> Tensor:  # fmt: skip
     """Row values (N,) of logits (N, V) and (N, V')."""
+    refuse_dual("sorted_transport", student, teacher, student_scale, teacher_scale)
     op = torch.ops.kdkernels.sorted_transport.default
     return (_FunctorchSorted.apply if functorch_active() else op)(
         student, teacher, mask, student_scale, teacher_scale, exclude_student, exclude_teacher,

@@ -158,6 +158,13 @@ void test_logarithms() {
     CHECK(is_nan_value(at(f, -0x1p-149f)));
   }
   for (int n = -149; n <= 127; ++n) CHECK(at(f_log2, std::ldexp(1.0f, n)) == n);
+  const auto f_absolute = [](VecF x) { return log2_absolute(x); };
+  for (float x = 0x1p-125f; x < 0x1p126f; x *= 1.00037f) {
+    const double exact = std::log2(double(x));
+    CHECK(std::fabs(at(f_absolute, x) - exact) <= 1.5e-7 * std::fmax(1.0, std::fabs(exact)));
+  }
+  CHECK(at(f_absolute, 0.0f) == -kInf && at(f_absolute, kInf) == kInf);
+  CHECK(is_nan_value(at(f_absolute, -1.0f)) && is_nan_value(at(f_absolute, kNan)));
   CHECK(at(f_log1p, 0.0f) == 0 && at(f_log1p, -1.0f) == -kInf && at(f_log1p, kInf) == kInf);
   CHECK(is_nan_value(at(f_log1p, -1.5f)) && is_nan_value(at(f_log1p, kNan)));
   CHECK(is_nan_value(at(f_log1p, -kInf)));

@@ -6,7 +6,7 @@ tensors (for tests). float32, float16 and bfloat16; float64 is refused by name.
 
 import torch
 
-FAMILIES = ("divergence", "softmax_relation")
+FAMILIES = ("divergence", "transport", "softmax_relation")
 READS: tuple[str, ...] = ("cuda",)
 
 try:
@@ -19,6 +19,14 @@ else:
     from .divergence import scale as scale
     from .divergence_rows import INTERPRETED
     from .relation import softmax_relation as softmax_relation
+    from .sinkhorn import sinkhorn_bwd as sinkhorn_bwd
+    from .sinkhorn import sinkhorn_fwd as sinkhorn_fwd
+    from .sinkhorn import sinkhorn_workspace as sinkhorn_workspace
+    from .sinkhorn import sorted_transport as sorted_transport
+    from .sinkhorn import sorted_workspace as sorted_workspace
+    from .token_stats import label_log_probs_bwd as label_log_probs_bwd
+    from .token_stats import label_log_probs_fwd as label_log_probs_fwd
+    from .token_stats import token_stats as token_stats
 
     _reason = ""
     if INTERPRETED:

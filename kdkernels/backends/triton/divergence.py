@@ -22,10 +22,13 @@ from ..spec import DivergenceSpec
 from ..torch import selection, unit_factors
 from .divergence_math import (
     ALPHA,
+    BHATTACHARYYA,
     INFINITY,
     NO_KIND,
     SKEW_REVERSE,
+    hardly_overlaps,
     outer_value,
+    overlap_terms,
     stopped_and_flowing,
     terms,
     zero_times,
@@ -72,9 +75,9 @@ def _forward_kernel(
     stats, grad_student, grad_teacher, grad_tau,
     stride_s, stride_t, grad_stride_s, grad_stride_t, width_s, width_t, valid_s, valid_t,
     tau_s_number, tau_t_number, first_number, second_number, f, r, x, h, other, label_weight, clip,
-    F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
+    element, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
     DETACH: tl.constexpr, OUTER: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr,
-    LABEL: tl.constexpr, BLOCK: tl.constexpr,
+    ELEMENT: tl.constexpr, LABEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a row (all but factor and unit, which are read), and the wanted gradients."""
     row = tl.program_id(0).to(tl.int64)
@@ -103,7 +106,8 @@ def _forward_kernel(
             row, student, teacher, labels, tau_s_rows, tau_t_rows, first_rows, second_rows, stats,
             grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s, valid_t,
             tau_s_number, tau_t_number, first_number, second_number, f, r, x, h, other,
-            label_weight, clip, F, R, X, H, KIND, DETACH, OUTER, SQUARED, CLIP, LABEL, BLOCK,
+            label_weight, clip, element, F, R, X, H, KIND, DETACH, OUTER, SQUARED, CLIP, ELEMENT,
+            LABEL, BLOCK,
         )  # fmt: skip
 
 
@@ -112,13 +116,13 @@ def _selected_row(
     row, student, teacher, labels, tau_s_rows, tau_t_rows, first_rows, second_rows,
     stats, grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s, valid_t,
     tau_s_number, tau_t_number, first_number, second_number, f, r, x, h, other, label_weight, clip,
-    F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
+    element, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
     DETACH: tl.constexpr, OUTER: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr,
-    LABEL: tl.constexpr, BLOCK: tl.constexpr,
+    ELEMENT: tl.constexpr, LABEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     HAS_TEACHER: tl.constexpr = teacher is not None
     # Forward KL and cross entropy come out of pass 1.
-    ONE_PASS: tl.constexpr = HAS_TEACHER and KIND == NO_KIND and not R and not H
+    ONE_PASS: tl.constexpr = HAS_TEACHER and KIND == NO_KIND and not R and not H and ELEMENT == 0
     tau_s = row_number(tau_s_rows, tau_s_number, row)
     tau_t = row_number(tau_t_rows, tau_t_number, row)
     first = row_number(first_rows, first_number, row)
@@ -232,8 +236,9 @@ def _selected_row(
                 z, a, r_s, r_t, 1.0 / one_s, 1.0 / one_t, log_s, log_t, gap, k_s, k_t, HAS_TEACHER
             )
             v, _, _, cs, ct = terms(
-                p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H, KIND, DETACH
-            )
+                p, q, d, lp, lq, f, r, x, h, other, first, second, element,
+                F, R, X, H, KIND, DETACH, ELEMENT,
+            )  # fmt: skip
             sum_value += v
             sum_cs += cs
             if HAS_TEACHER:
@@ -245,10 +250,30 @@ def _selected_row(
         centre_t = tl.sum(sum_ct, 0)
         no_q = tl.sum(lost_p, 0) > 0
         no_p = tl.sum(lost_q, 0) > 0
+    overlap = tl.full((), 0.0, tl.float32)
+    if OUTER >= BHATTACHARYYA and ELEMENT == 0:
+        if hardly_overlaps(value, first, OUTER):
+            sum_value = tl.zeros((BLOCK,), tl.float32)
+            sum_cs = tl.zeros((BLOCK,), tl.float32)
+            sum_ct = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, end, BLOCK):
+                columns = start + lanes
+                z = load(student, columns, valid_s)
+                a = load(teacher, columns, valid_t)
+                _, _, _, lp, lq = entry(
+                    z, a, r_s, r_t, 1.0 / one_s, 1.0 / one_t, log_s, log_t, gap, k_s, k_t, True
+                )
+                v, cs, ct = overlap_terms(lp, lq, first, OUTER)
+                sum_value += v
+                sum_cs += cs
+                sum_ct += ct
+            overlap = tl.sum(sum_value, 0)
+            centre_s = tl.sum(sum_cs, 0)
+            centre_t = tl.sum(sum_ct, 0)
 
     # The row's own arithmetic.
-    stopped, flowing = stopped_and_flowing(no_q, no_p, first, second, F, R, X, KIND)
-    divergence, slope = outer_value(value, first, OUTER)
+    stopped, flowing = stopped_and_flowing(no_q, no_p, first, second, F, R, X, KIND, ELEMENT)
+    divergence, slope = outer_value(value, overlap, first, OUTER)
     divergence = tl.where(stopped | flowing, INFINITY, divergence)
     slope = tl.where(stopped, 0.0, tl.where(flowing, 1.0, slope))
     centre_t = tl.where(flowing & (centre_t != centre_t), INFINITY, centre_t)
@@ -298,7 +323,7 @@ def _selected_row(
             student, teacher, grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s,
             valid_t, label, r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse,
             value, g, tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
-            F, R, X, H, KIND, DETACH, SQUARED, CLIP, LABEL, BLOCK,
+            element, F, R, X, H, KIND, DETACH, OUTER, SQUARED, CLIP, ELEMENT, LABEL, BLOCK,
         )  # fmt: skip
 
 
@@ -308,9 +333,9 @@ def _backward_kernel(
     stats, factors, grad_student, grad_teacher, grad_tau,
     stride_s, stride_t, grad_stride_s, grad_stride_t, width_s, width_t, valid_s, valid_t,
     tau_s_number, tau_t_number, first_number, second_number, f, r, x, h, other, label_weight, clip,
-    F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
-    DETACH: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr, LABEL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    element, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
+    DETACH: tl.constexpr, OUTER: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr,
+    ELEMENT: tl.constexpr, LABEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student += row * stride_s
@@ -345,7 +370,7 @@ def _backward_kernel(
         tl.load(stats + DIVERGENCE), tl.load(stats + CENTRE_S), tl.load(stats + CENTRE_T),
         tl.load(stats + SLOPE), tl.load(stats + LABEL_LSE), tl.load(stats + VALUE),
         tl.load(factors + row), tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
-        F, R, X, H, KIND, DETACH, SQUARED, CLIP, LABEL, BLOCK,
+        element, F, R, X, H, KIND, DETACH, OUTER, SQUARED, CLIP, ELEMENT, LABEL, BLOCK,
     )  # fmt: skip
 
 
@@ -406,11 +431,14 @@ def _arguments(
         float(spec.teacher_temperature), float(spec.first), float(spec.second),
         float(spec.forward_kl), float(spec.reverse_kl), float(spec.cross_entropy),
         float(spec.entropy), float(spec.other), float(spec.label_weight), float(spec.clip_token),
+        float(spec.clip_element),
     )  # fmt: skip
     options = {
         "F": spec.forward_kl != 0, "R": spec.reverse_kl != 0, "X": spec.cross_entropy != 0,
         "H": spec.entropy != 0, "KIND": int(spec.kind), "DETACH": spec.detach_mixture != 0,
-        "SQUARED": spec.temperature_squared != 0, "CLIP": spec.clip_token > 0,
+        "OUTER": int(spec.outer), "SQUARED": spec.temperature_squared != 0,
+        "CLIP": spec.clip_token > 0,
+        "ELEMENT": 0 if spec.clip_element <= 0 else 2 if spec.clip_signed else 1,
         "LABEL": spec.label_weight != 0, "BLOCK": _block(max(width_s, width_t)),
     }  # fmt: skip
     if not INTERPRETED:
@@ -467,7 +495,6 @@ def divergence_fwd(
                 grad_teacher,
                 grad_temperature,
                 *numbers,
-                OUTER=int(spec.outer),
                 **options,
             )
     rows = stats[:, S.VALUE].double()

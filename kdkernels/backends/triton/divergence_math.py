@@ -298,26 +298,46 @@ def power_terms(p, q, d, lp, lq, alpha, beta):
 
 
 @triton.jit
+def clipped_terms(
+    value, student, teacher, p, q, f, r, x, h, other, first, clip,
+    ELEMENT: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr,
+):  # fmt: skip
+    """An entry's terms with its summand bounded by `clip`, no gradient above.
+
+    A bounded sum has no constant that cancels: student and teacher must be q dl/dq and p dl/dp of
+    the generator or, where ELEMENT is 2, of the raw summand.
+    """
+    by_q = q * 0.0 - x - h  # -p log q and -q log q, to which linear_terms adds q
+    if ELEMENT == 2:
+        apart = f - r
+        slant = apart
+        mixed = q * 0.0
+        by_p = p * 0.0
+        if KIND != NO_KIND and KIND <= SKEW_REVERSE:
+            A, B, w = mixture_weights(first, KIND)
+            slant += other * (A * (1.0 - w) - B * w)
+            by_p += other * (A - (A + B) * w)
+            mixed += other * B
+            if not DETACH:
+                mixed -= other * (A + B) * (1.0 - w)
+        value += slant * (p - q)
+        by_q += mixed - apart
+        teacher += (by_p + apart) * p
+    student += by_q * q
+    free = value <= clip
+    return (
+        tl.where(free, value, clip),
+        tl.where(free, student, 0.0),
+        tl.where(free, teacher, 0.0),
+    )
+
+
+@triton.jit
 def terms(
-    p,
-    q,
-    d,
-    lp,
-    lq,
-    f,
-    r,
-    x,
-    h,
-    other,
-    first,
-    second,
-    F: tl.constexpr,
-    R: tl.constexpr,
-    X: tl.constexpr,
-    H: tl.constexpr,
-    KIND: tl.constexpr,
-    DETACH: tl.constexpr,
-):
+    p, q, d, lp, lq, f, r, x, h, other, first, second, clip,
+    F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
+    DETACH: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
     """(value, student, teacher, summand of S, summand of T) of the linear group plus one kind."""
     value, student, teacher, centre_s, centre_t = linear_terms(
         p, q, d, lp, lq, f, r, x, h, F, R, X, H
@@ -334,19 +354,51 @@ def terms(
         teacher += other * t
         centre_s += other * s
         centre_t += other * t
+    if ELEMENT:
+        value, student, teacher = clipped_terms(
+            value, student, teacher, p, q, f, r, x, h, other, first, clip, ELEMENT, KIND, DETACH
+        )
+        centre_s = student
+        centre_t = teacher
     return value, student, teacher, centre_s, centre_t
 
 
 @triton.jit
+def overlap_terms(lp, lq, first, OUTER: tl.constexpr):
+    """(sum p^a q^(1-a) entry by entry, its student and teacher terms): what Bhattacharyya's and
+    Renyi's logarithms are of, summed itself where 1 - sum of generators has lost it."""
+    if OUTER == BHATTACHARYYA:
+        alpha = first * 0.0 + 0.5
+    else:
+        alpha = first
+    lp = tl.maximum(lp, LOWEST_LOG)
+    lq = tl.maximum(lq, LOWEST_LOG)
+    w = tl.exp(alpha * lp + (1.0 - alpha) * lq)
+    return w, (1.0 - alpha) * w, alpha * w
+
+
+@triton.jit
+def hardly_overlaps(total, first, OUTER: tl.constexpr):
+    """Whether a row is one of those. Renyi beyond alpha = 1 has none."""
+    if OUTER == BHATTACHARYYA:
+        return total > 0.75
+    else:
+        return (first * (1.0 - first) * total > 0.75) & (first > 0) & (first < 1)
+
+
+@triton.jit
 def stopped_and_flowing(
-    no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, KIND: tl.constexpr
-):
+    no_q, no_p, first, second, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
+    KIND: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
     """Rows whose value is infinite: (with gradient 0, with the gradient of their finite part).
 
     no_q: somewhere q = 0 < p; no_p: somewhere p = 0 < q.
     """
     flowing = no_q & (first != first)  # false, with the type of a comparison
     stopped = no_p & (first != first)
+    if ELEMENT:  # every summand is bounded
+        return stopped, flowing
     if F or X:
         flowing = flowing | no_q
     if R:
@@ -370,8 +422,9 @@ def stopped_and_flowing(
 
 
 @triton.jit
-def outer_value(total, first, OUTER: tl.constexpr):
-    """(D, dD/d total) of the row's sum; a derivative that does not exist is 0."""
+def outer_value(total, overlap, first, OUTER: tl.constexpr):
+    """(D, dD/d total) of the row's sum; a derivative that does not exist is 0. `overlap` > 0: the
+    sum of `overlap_terms`, which the derivative, a negative one, is then taken by."""
     divergence = total
     slope = tl.where(total == total, 1.0, total)
     if OUTER == SQRT:
@@ -390,4 +443,13 @@ def outer_value(total, first, OUTER: tl.constexpr):
         divergence = tl.where(k == 0, total, tl.where(possible, logarithm, INFINITY))
         slope = tl.where(possible, first / tl.where(possible, 1.0 + inside, 1.0), 0.0)
         slope = tl.where(k == 0, 1.0, slope)
+    if OUTER >= BHATTACHARYYA:
+        power = first * 0.0 - 1.0
+        if OUTER == RENYI:
+            power = first - 1.0
+        safe = tl.where(overlap > 0, overlap, 1.0)
+        safe_power = tl.where(power == 0, 1.0, power)
+        divergence = tl.where(overlap > 0, tl.log(safe) / safe_power, divergence)
+        slope = tl.where(overlap > 0, 1.0 / (safe * safe_power), slope)
+        slope = tl.where(tl.abs(slope) < 1e37, slope, 0.0)
     return divergence, slope

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .. import spec as S
-from .divergence_math import INFINITY, log1p, terms
+from .divergence_math import BHATTACHARYYA, INFINITY, log1p, overlap_terms, terms
 
 # The interpreter wraps kernels in a class of its own.
 INTERPRETED = not isinstance(terms, triton.runtime.JITFunction)
@@ -132,10 +132,10 @@ def gradients(
     student, teacher, grad_student, grad_teacher, grad_tau,  # this row's; None: not wanted
     widths_s, widths_t, valid_s, valid_t, label,
     r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse, value, g,
-    tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
+    tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip, element,
     F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
-    DETACH: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr, LABEL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DETACH: tl.constexpr, OUTER: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr,
+    ELEMENT: tl.constexpr, LABEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass 3: gradients of g times the row's value, from its statistics."""
     if (g == 0) | (value != value):
@@ -184,8 +184,13 @@ def gradients(
                 teacher is not None,
             )
             _, s, t, _, _ = terms(
-                p, q, d, lp, lq, f, r, x, h, other, first, second, F, R, X, H, KIND, DETACH
-            )
+                p, q, d, lp, lq, f, r, x, h, other, first, second, element,
+                F, R, X, H, KIND, DETACH, ELEMENT,
+            )  # fmt: skip
+            if OUTER >= BHATTACHARYYA:
+                _, far_s, far_t = overlap_terms(lp, lq, first, OUTER)
+                s = tl.where(slope < 0, far_s, s)
+                t = tl.where(slope < 0, far_t, t)
             dead = z == -INFINITY
             slant = tl.where(dead, 0.0, (s - q * centre_s) * (slope * k_s))
             slant = tl.where(flows_s, slant, 0.0)
