@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,20 +17,27 @@ from .harness import Case, MissingPeerError, Settings, Step, Variant
 OURS = "kdkernels"
 ITERATIONS = 20
 EPSILON = 0.05
+# Sinkhorn divergence: points in the unit cube, GeomLoss' own blur and scaling.
+WIDTH = 3
+DIAMETER = math.sqrt(WIDTH)
+BLUR, SCALING = 0.05, 0.5
+ANNEALED = 2 + math.ceil(math.log(DIAMETER / BLUR) / math.log(1 / SCALING))
 
 
 def cases(settings: Settings) -> list[Case]:
     """All cases for the device; `quick` shrinks them to a smoke test."""
     if settings.quick:
-        problems, rows, vocabulary = [(2, 32)], 4, 4096
+        problems, clouds, rows, vocabulary = [(2, 32)], [(2, 32)], 4, 4096
     elif settings.device == "cuda":
         problems, rows, vocabulary = [(64, 512), (512, 64), (1, 4096)], 4096, 151936
+        clouds = [(16, 1024), (1, 10000)]
     else:
         problems, rows, vocabulary = (
             [(1, 64), (32, 64), (1, 256), (16, 256), (1, 1024)],
             256,
             128256,
         )
+        clouds = [(16, 128), (1, 1024)]
     found = []
     for batch, size in problems:
         shape = (batch, size, size)
@@ -42,6 +50,20 @@ def cases(settings: Settings) -> list[Case]:
             # forward: T + 1 reads; backward: T + 1 reads, T reads and T + 1 writes of the gradient
             make("sinkhorn loss+gradient", setup=bind(gradient), bytes=(4 * ITERATIONS + 3) * cost),
         ]
+    for batch, size in clouds:
+        cost = batch * size * size * 4
+        found.append(
+            Case(
+                "sinkhorn divergence loss+gradient",
+                shape=(batch, size, WIDTH),
+                dtype=torch.float32,
+                setup=functools.partial(divergence, (batch, size, WIDTH), settings),
+                # four matrices, read at the start, at each length and at the last half-step,
+                # written once; their gradient: read and written once
+                bytes=4 * (ANNEALED + 5) * cost,
+                unit_bytes=cost,
+            )
+        )
     for dtype in (torch.float32, torch.bfloat16):
         shape = (rows, vocabulary)
         logits = rows * vocabulary * dtype.itemsize
@@ -73,11 +95,13 @@ def _module(name: str):
         raise MissingPeerError(f"{name} is not installed: {error}") from error
 
 
-def log_loop(cost: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_loop(
+    cost: torch.Tensor, a: torch.Tensor, iterations: int = ITERATIONS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(value, plan) in the log domain, as one writes it in torch."""
     kernel, log_a = -cost / EPSILON, a.log()
     v = torch.zeros_like(a)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         u = log_a - torch.logsumexp(kernel + v[:, None, :], 2)
         v = log_a - torch.logsumexp(kernel + u[:, :, None], 1)
     full = (kernel + u[:, :, None] + v[:, None, :]).exp()
@@ -122,7 +146,7 @@ def plan(shape: tuple[int, int, int], settings: Settings) -> list[Variant]:
 
     def geomloss() -> Step:
         solve = _module("geomloss.ot").solve_batch
-        return Step(lambda: solve(cost, EPSILON, a, a, max_iter=ITERATIONS).plan)
+        return Step(lambda: solve(cost, reg=EPSILON, a=a, b=a, max_iter=ITERATIONS).plan)
 
     found = [
         Variant(OURS, lambda: Step(ours)),
@@ -149,11 +173,58 @@ def gradient(shape: tuple[int, int, int], settings: Settings) -> list[Variant]:
     def ours(cost: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return kd.sinkhorn(cost, a, a, epsilon=EPSILON, iterations=ITERATIONS)
 
-    return [
+    def pot(cost: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        solve = _module("ot.batch").solve_batch
+        return solve(
+            cost, EPSILON, a, a, max_iter=ITERATIONS, tol=0, method="log_sinkhorn", grad="autodiff"
+        ).value_linear
+
+    found = [
         Variant(OURS, lambda: step(ours)),
         Variant("autograd, logsumexp loop", lambda: step(lambda c, m: log_loop(c, m)[0])),
         Variant("autograd, division loop", lambda: step(lambda c, m: division_loop(c, m)[0])),
     ]
+    if settings.peers:
+        found.append(Variant("POT ot.batch.solve_batch, autodiff", lambda: step(pot)))
+    return found
+
+
+def divergence(shape: tuple[int, int, int], settings: Settings) -> list[Variant]:
+    """Debiased Sinkhorn divergence of two clouds, and its gradient by the points."""
+    generator = torch.Generator(device=settings.device).manual_seed(0)
+    x = torch.rand(shape, generator=generator, device=settings.device).requires_grad_()
+    y = torch.rand(shape, generator=generator, device=settings.device)
+    options = {"p": 2, "blur": BLUR, "scaling": SCALING, "diameter": DIAMETER}
+
+    def step(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Step:
+        return Step(lambda: torch.autograd.grad(loss(x, y).sum(), x))
+
+    def ours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return kd.sinkhorn_divergence(x, y, **options)
+
+    def geomloss(backend: str) -> Step:
+        if backend == "online":
+            _module("pykeops")
+        return step(_module("geomloss").SamplesLoss("sinkhorn", backend=backend, **options))
+
+    def flash() -> Step:
+        if settings.device != "cuda":
+            raise MissingPeerError("flash-sinkhorn runs on CUDA tensors only")
+        # Its own cost is |x - y|^2 without the half, and it is biased by default.
+        return step(
+            _module("flash_sinkhorn").SamplesLoss(
+                "sinkhorn", debias=True, half_cost=True, **options
+            )
+        )
+
+    found = [Variant(OURS, lambda: step(ours))]
+    if settings.peers:
+        found += [
+            Variant("GeomLoss, tensorized", functools.partial(geomloss, "tensorized")),
+            Variant("GeomLoss, online (KeOps)", functools.partial(geomloss, "online")),
+            Variant("flash-sinkhorn", flash),
+        ]
+    return found
 
 
 def by_sort(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

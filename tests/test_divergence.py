@@ -416,3 +416,18 @@ def test_cross_entropy_is_forward_kl_plus_entropy_of_the_teacher():
     cross = kd.divergence(student, teacher, "cross_entropy")
     entropy = kd.divergence(teacher, None, "entropy")
     assert math.isclose(cross, kd.divergence(student, teacher) + entropy, rel_tol=1e-10)
+
+
+def test_return_stats_of_composed_calls():
+    """A sum that takes two passes has the statistics of its rows; a changed row refuses."""
+    student, teacher = logits(4, 33)
+    pair = (("forward_kl", 0.5), ("hellinger", 0.5))
+    loss, stats = kd.divergence(student, teacher, pair, return_stats=True)
+    torch.testing.assert_close(loss, kd.divergence(student, teacher, pair))
+    expected = kd.divergence(student, teacher, reduction="none")
+    torch.testing.assert_close(stats.forward_kl, expected, rtol=1e-5, atol=0)
+    for options in ({"standardize": True}, {"teacher_bias": torch.zeros(33)}, {"class_dim": 0}):
+        with pytest.raises(ValueError, match="return_stats"):
+            kd.divergence(student, teacher, return_stats=True, **options)
+    with pytest.raises(ValueError, match="return_stats"):
+        kd.divergence(student, [teacher, teacher], return_stats=True)

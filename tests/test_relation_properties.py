@@ -13,7 +13,7 @@ import kdkernels as kd
 FAMILY = "relation"
 KINDS = tuple(k for k in (*ROW_KINDS, *ELEMENT_KINDS, "distance", "angle", "cka"))
 few = settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

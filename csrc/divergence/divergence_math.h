@@ -227,7 +227,6 @@ KD_HOST_DEVICE Terms<F> probability_terms(const Entry<F>& e, const RowKind<S>& c
     return {w, F(0.5) * w, F(0.5) * w};
   }
   const auto above = e.d >= F(0);
-  const F distance = abs(e.d);
   const Spread<F> spread = spread_of(e);
   const F base = spread.base, u = spread.u, t = spread.t;
   const F signed_t = select(above, -t, t);  // (p - q) / base

@@ -81,6 +81,11 @@ def _summand(lx: Tensor, ly: Tensor, signed: float) -> Tensor:
     return generator + (x - y) if signed else generator
 
 
+def _kl(lx: Tensor, ly: Tensor) -> Tensor:
+    """sum x log(x / y), (N,)."""
+    return _summand(lx, ly, 0.0).sum(-1)
+
+
 def _alpha_beta(lp: Tensor, lq: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Entries of the AB divergence (N, V): (a/s p^s + b/s q^s - p^a q^b) / (a b), s = a + b, and
     its true limits on the axes. Written with `_generator`, which divides only by the larger
@@ -278,7 +283,7 @@ def _label_index(labels: Tensor, selected: Tensor, dead: Tensor) -> Tensor:
 
 
 def _widen(
-    log_probability: Tensor, dead: Tensor, width: int, lowest: float
+    log_probability: Tensor, dead: Tensor, width: int, lowest: float = _LOWEST
 ) -> tuple[Tensor, Tensor]:
     missing = width - log_probability.shape[-1]
     if missing == 0:

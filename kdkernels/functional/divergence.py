@@ -17,7 +17,7 @@ from ..ops import divergence as ops
 from ..ops.common import compute_dtype
 from .checks import check_floats, check_inplace, check_number, per_row, same_device
 from .checks import may_look as _may_look
-from .composed import _check_class_dim, composed
+from .composed import composed
 from .kinds import KindTuple, check_parameter, program, splits
 
 if TYPE_CHECKING:
@@ -122,8 +122,6 @@ def divergence(
             [..., K], with gradient; 1 each otherwise.
         inplace: the gradient may overwrite `student` (saves one logits tensor; backward runs once).
         return_stats: return (loss, `TokenStats`): `token_stats` of the same call, without gradient.
-            Only for rows that are compared as they are given: logits on both sides, without
-            standardize, teacher_bias, support and teacher_weights.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or [...] for reduction "none". A row value has a
@@ -135,52 +133,28 @@ def divergence(
             tell (label range, tensor parameters) raises on CPU tensors in eager mode, and on CUDA
             under `kdkernels.debug()`; otherwise that row is NaN with gradient 0.
     """
-    if return_stats:  # first, for the gradient may overwrite the logits
-        stats = _stats(
+    stats = None
+    if return_stats:  # before the gradient may overwrite the logits
+        restated = standardize or teacher_bias is not None or support is not None
+        dense = teacher is None or isinstance(teacher, Tensor)
+        if restated or class_dim != -1 or not dense:
+            raise ValueError(
+                "return_stats: goes with one dense teacher or None, without standardize, "
+                "teacher_bias, support and class_dim; call kd.token_stats on the rows you mean"
+            )
+        from .token_stats import token_stats
+
+        stats = token_stats(
             student,
             teacher,
             labels,
             temperature,
             teacher_temperature,
             mask,
-            ignore_index,
-            vocab_size,
-            teacher_vocab_size,
-            class_dim,
-            standardize=standardize or None,
-            teacher_bias=teacher_bias,
-            support=support,
-            teacher_weights=teacher_weights,
-        )
-        value = divergence(
-            student,
-            teacher,
-            kind=kind,
-            beta=beta,
-            alpha=alpha,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            temperature_squared=temperature_squared,
-            standardize=standardize,
-            teacher_bias=teacher_bias,
-            labels=labels,
             ignore_index=ignore_index,
-            mask=mask,
-            weight=weight,
-            label_weight=label_weight,
-            clip=clip,
-            support=support,
-            detach_mixture=detach_mixture,
-            reduction=reduction,
-            normalize=normalize,
-            num_items=num_items,
             vocab_size=vocab_size,
             teacher_vocab_size=teacher_vocab_size,
-            class_dim=class_dim,
-            teacher_weights=teacher_weights,
-            inplace=inplace,
         )
-        return value, stats
     if (
         (teacher is not None and not isinstance(teacher, Tensor))
         or standardize
@@ -191,7 +165,7 @@ def divergence(
         or (clip is not None and isinstance(clip, Clip) and clip.quantile is not None)
         or (not isinstance(kind, str) and splits(kind))
     ):
-        return composed(
+        value = composed(
             divergence,
             student,
             teacher,
@@ -220,6 +194,7 @@ def divergence(
             teacher_weights=teacher_weights,
             inplace=inplace,
         )
+        return (value, stats) if return_stats else value
     check_floats(student, "student")
     if student.dim() < 1 or student.shape[-1] < 1:
         raise ValueError(f"student: expected shape [..., V], V >= 1, got {tuple(student.shape)}")
@@ -282,7 +257,8 @@ def divergence(
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
     value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
-    return value.view(leading) if reduction == "none" else value
+    value = value.view(leading) if reduction == "none" else value
+    return (value, stats) if return_stats else value
 
 
 def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
@@ -306,48 +282,6 @@ def total_variation(student: Tensor, teacher: Tensor, **options) -> Tensor:
 
 
 # Pieces. ----------------------------------------------------------------------------------------
-
-
-def _stats(
-    student,
-    teacher,
-    labels,
-    temperature,
-    teacher_temperature,
-    mask,
-    ignore_index,
-    vocab_size,
-    teacher_vocab_size,
-    class_dim,
-    **changed,
-) -> TokenStats:
-    """Statistics of the two rows as they were given; refused where the call changes them."""
-    from .token_stats import token_stats
-
-    if teacher is not None and not isinstance(teacher, Tensor):
-        changed["teacher"] = teacher
-    for argument, given in changed.items():
-        if given is not None:
-            what = type(given).__name__ if argument == "teacher" else argument
-            raise ValueError(
-                f"return_stats: not with {what}, which changes the rows that are compared; "
-                "kd.token_stats takes logits"
-            )
-    if class_dim != -1:
-        dim = _check_class_dim(class_dim, student, False)
-        student = student.movedim(dim, -1)
-        teacher = None if teacher is None else teacher.movedim(dim, -1)
-    return token_stats(
-        student,
-        teacher,
-        labels,
-        temperature,
-        teacher_temperature,
-        mask,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        teacher_vocab_size=teacher_vocab_size,
-    )
 
 
 def _check_teacher(student: Tensor, teacher: Tensor) -> None:
