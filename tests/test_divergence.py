@@ -106,6 +106,11 @@ def test_small_gaps_keep_their_relative_accuracy(backend, kind, gap):
         loss = kd.divergence(student, teacher, kind, reduction="none")
         expected, _ = reference(student, teacher, kind, reduction="none")
         tolerances.assert_values(loss, expected, torch.float32, kind)
+        # Without the tolerance's floor, also where a row has nearly all its mass on one entry
+        # (std 10). Triton does not correct the rounding of its normalisers.
+        if backend.name != "triton":
+            ratio = (loss.double() - expected).abs() / expected
+            assert float(ratio[1:].max()) <= 1e-5
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -305,8 +310,13 @@ def test_double_backward_is_refused(backend):
     student, teacher = logits(2, 10, device=backend.device)
     z = student.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(kd.divergence(z, teacher), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"kdkernels\.divergence has no second derivative"):
         gradient.sum().backward()
+    # Beside a loss that has a gradient the penalty must not count for nothing either.
+    loss = kd.divergence(z, teacher)
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (loss + gradient.pow(2).sum()).backward()
 
 
 def test_inplace_overwrites_the_logits_once(backend):

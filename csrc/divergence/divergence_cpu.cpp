@@ -255,8 +255,9 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
   if (way == Way::kForward || way == Way::kReverse || way == Way::kLinear) {
     const RowKind<S>& k = r.n.kind;
     const double f = k.forward_kl, b = k.reverse_kl, e = k.cross_entropy, h = k.entropy;
-    const double kl = kLn2 * (sums.gap / sum_t - r.n.exact_gap);
-    const double back = -kLn2 * (sums.reverse / sum_s - r.n.exact_gap);
+    const double measured_gap = r.n.exact_gap;  // exact_terms() may correct it
+    const double kl = kLn2 * (sums.gap / sum_t - measured_gap);
+    const double back = -kLn2 * (sums.reverse / sum_s - measured_gap);
     const double cross = -kLn2 * (sums.cross / sum_t - __builtin_log2(sum_s));
     const double entropy = -kLn2 * (sums.entropy / sum_s - __builtin_log2(sum_s));
     const auto part = [](double coefficient, double sum) {
@@ -267,31 +268,31 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
     terms.teacher = part(f, kl) + part(e, cross);
     const bool small = (f != 0 && kl < kExactBelow) || (b != 0 && back < kExactBelow);
     if (small && ordinary) {
-      terms.value = exact_terms(r.z, r.a, r.n, DivergenceGroup::kLinear).value;
+      terms.value = exact_terms(r.z, r.a, &r.n, DivergenceGroup::kLinear).value;
     }
     if (way == Way::kForward) {
       cx = (f + e) / sum_s;
       cy = -(f + e) / sum_t;
     } else {  // q (f (1 - 2^d) - b d ln(2) - S), where d is y less the gap
-      cx = (f + b * kLn2 * r.n.exact_gap - terms.student) / sum_s;
+      cx = (f + b * kLn2 * measured_gap - terms.student) / sum_s;
       cy = -b * kLn2 / sum_s;
       cr = -f / sum_t;
     }
   } else {
     if (way == Way::kExact) {
-      terms = exact_terms(r.z, r.a, r.n, r.group);
+      terms = exact_terms(r.z, r.a, &r.n, r.group);
     } else {
       terms = fast_terms<V>(x, y, padded<V>(columns), r.n, r.group, &q_unit);
       cx = -terms.student * q_unit;
       cy = 1;
       if (!(terms.value >= kExactBelowError * __builtin_sqrt(terms.square)) && ordinary) {
-        terms.value = exact_terms(r.z, r.a, r.n, r.group).value;
+        terms.value = exact_terms(r.z, r.a, &r.n, r.group).value;
       }
     }
     if (ordinary && hardly_overlaps(static_cast<S>(terms.value), r.n.kind, c.spec, r.first)) {
       r.n.kind.overlap = S(1);
       way = Way::kExact;
-      terms = exact_terms(r.z, r.a, r.n, r.group);
+      terms = exact_terms(r.z, r.a, &r.n, r.group);
     }
   }
   double total = terms.value, centre_s = terms.student, centre_t = terms.teacher;
@@ -326,7 +327,8 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
   r.stats[kMaxS] = r.z.max;
   r.stats[kSumS] = static_cast<S>(sum_s);
   r.stats[kMaxT] = r.a.max;
-  r.stats[kSumT] = static_cast<S>(encoded_quotient(sum_t, sum_s));
+  const double corrected = sum_s * __builtin_exp2(r.n.exact_gap);
+  r.stats[kSumT] = static_cast<S>(encoded_quotient(corrected, sum_s));
   r.stats[kDivergence] = static_cast<S>(value.divergence);
   r.stats[kCentreS] = static_cast<S>(centre_s);
   r.stats[kCentreT] = static_cast<S>(centre_t);
@@ -348,6 +350,9 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
   // Without a teacher's part nothing in scratch can carry the label's one-hot.
   if (!keep || way == Way::kExact || way == Way::kLinear || by_student == 0 ||
       (way == Way::kForward && cy == 0)) {
+    // From what is stored, so that a backward repeats this gradient.
+    const double stored = r.stats[kSumS];
+    r.n.set_sums(stored, decoded_quotient(r.stats[kSumT]) * stored);
     return gradients_from_logits(c, r, scale, label, factor, value.divergence);
   }
   ScratchGradient<S> from;

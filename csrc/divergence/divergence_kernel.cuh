@@ -113,12 +113,6 @@ struct TermSums {
   }
 };
 
-// q - p, small beside p where d is.
-template <class F>
-KD_DEVICE F excess_of(const Entry<F>& e) {
-  return abs(e.d) < F(kSmallGap<F>) ? e.p * (small_gap(e.d) - e.d) : e.q - e.p;
-}
-
 // Whether the common error of all d moves the value: by its square where d enters squared, by
 // itself in the probability and power groups. Never for rows that differ by more than rounding
 // does.

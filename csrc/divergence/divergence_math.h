@@ -151,6 +151,12 @@ KD_HOST_DEVICE F kl_generator(F p, F difference, F d) {
   return select(abs(d) < F(kSmallGap<F>), p * small_gap(d), direct);
 }
 
+// q - p, small beside p where d is.
+template <class F>
+KD_HOST_DEVICE F excess_of(const Entry<F>& e) {
+  return select(abs(e.d) < F(kSmallGap<F>), e.p * (small_gap(e.d) - e.d), e.q - e.p);
+}
+
 template <class F, class S>
 KD_HOST_DEVICE Terms<F> linear_terms(const Entry<F>& e, const RowKind<S>& c) {
   const F pq = e.q - e.p;

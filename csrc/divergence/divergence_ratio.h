@@ -44,12 +44,14 @@ struct RowNumbers {
 struct RowTerms {
   double value = 0, student = 0, teacher = 0;
   double square = 0;  // sum of scale^2
+  double excess = 0;  // sum of q - p: what rounding made of 0
 
   KD_LANES void operator+=(const RowTerms& other) {
     value += other.value;
     student += other.student;
     teacher += other.teacher;
     square += other.square;
+    excess += other.excess;
   }
 };
 

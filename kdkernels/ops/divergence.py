@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import spec as S
 from ..backends.registry import pick
 from ..backends.spec import DivergenceSpec
 from .common import compute_dtype, empty, empty_like, functorch_active, refuse_jvp, refuse_vmap
+from .once import refuse_second_of
 
 
 class Rest(NamedTuple):
@@ -180,15 +180,13 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _=None):
-        # `once_differentiable` costs 5 us a call; only create_graph=True (grad mode on) needs it.
-        if torch.is_grad_enabled():
-            return _Divergence._refusing_backward(ctx, upstream)
-        return _Divergence._gradients(ctx, upstream)
-
-    @staticmethod
-    @once_differentiable
-    def _refusing_backward(ctx, upstream):
-        return _Divergence._gradients(ctx, upstream)
+        if not torch.is_grad_enabled():
+            return _Divergence._gradients(ctx, upstream)
+        # create_graph=True. `once_differentiable` would leave the gradients without a graph where
+        # upstream is a constant, and a penalty on them would silently count for nothing.
+        with torch.no_grad():
+            gradients = _Divergence._gradients(ctx, upstream)
+        return tuple(None if g is None else refuse_second_of(g, "divergence") for g in gradients)
 
     @staticmethod
     def _gradients(ctx, upstream):

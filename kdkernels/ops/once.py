@@ -24,6 +24,12 @@ def refuse_second(name: str, gradient: Tensor | None, *sources: Tensor) -> Tenso
     return gradient if gradient is None else _Once.apply(name, gradient, *sources)
 
 
+def refuse_second_of(gradient: Tensor, name: str) -> Tensor:
+    """`refuse_second` where nothing that the gradient was made of was kept."""
+    node = torch._C._functions.DelayedError(f"kdkernels.{name} has no second derivative", 1)
+    return node(gradient.detach().requires_grad_())
+
+
 def refuse_dual(name: str, *tensors: Tensor | None) -> None:
     """Raise where a tensor carries a forward-mode tangent, which an operator would drop."""
     forward_ad = torch.autograd.forward_ad
