@@ -87,15 +87,14 @@ struct DivergenceSpec {
   double student_columns = 0, teacher_columns = 0;
 };
 
-#define KD_DIVERGENCE_SPEC_FIELDS(X)                                                              \
-  X(forward_kl)                                                                                   \
-  X(reverse_kl)                                                                                   \
-  X(cross_entropy)                                                                                \
-  X(entropy)                                                                                      \
-  X(kind) X(other) X(first) X(second) X(detach_mixture) X(outer) X(student_temperature)           \
-      X(teacher_temperature) X(temperature_squared) X(label_weight) X(ignore_index) X(clip_token) \
-          X(clip_element) X(clip_signed) X(reduction) X(normalize_weights) X(num_items) X(batch)  \
-              X(student_columns) X(teacher_columns)
+// clang-format off
+#define KD_DIVERGENCE_SPEC_FIELDS(X) \
+  X(forward_kl) X(reverse_kl) X(cross_entropy) X(entropy) X(kind) X(other) X(first) \
+  X(second) X(detach_mixture) X(outer) X(student_temperature) X(teacher_temperature) \
+  X(temperature_squared) X(label_weight) X(ignore_index) X(clip_token) X(clip_element) \
+  X(clip_signed) X(reduction) X(normalize_weights) X(num_items) X(batch) \
+  X(student_columns) X(teacher_columns)
+// clang-format on
 
 // Saved statistics, a row of kStats numbers (float32; float64 for float64 logits). The first four
 // are the business of the backend that wrote them: any reference near the row's maximum, in base 2

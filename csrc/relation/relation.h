@@ -71,13 +71,11 @@ struct RelationSpec {
   double half = 0;       // the tokens hold float16 (1) or bfloat16 (2) numbers; for Python's choice
 };
 
-#define KD_RELATION_SPEC_FIELDS(X)                                                             \
-  X(kind)                                                                                      \
-  X(need_student)                                                                              \
-  X(need_teacher)                                                                              \
-  X(causal)                                                                                    \
-  X(exclude_diagonal) X(block) X(beta) X(margin) X(clamped) X(clamp) X(label_mix) X(first_row) \
-      X(diagonal) X(half)
+// clang-format off
+#define KD_RELATION_SPEC_FIELDS(X) \
+  X(kind) X(need_student) X(need_teacher) X(causal) X(exclude_diagonal) X(block) X(beta) \
+  X(margin) X(clamped) X(clamp) X(label_mix) X(first_row) X(diagonal) X(half)
+// clang-format on
 
 // What forward reports of each row, float64.
 enum RelationRow : int {
