@@ -80,7 +80,7 @@ gpu:  ## on a GPU machine: build, tests, compute-sanitizer, benchmarks (no netwo
 	bash bench/gpu.sh
 
 check-all: lint test simt asan ptxas wheel  ## everything, before an issue closes
-	for isa in avx2 baseline; do KDK_CPU_ISA=$$isa $(BIN)/python -m pytest tests || exit 1; done
+	for isa in avx2 baseline; do KDK_FUZZ=1 KDK_CPU_ISA=$$isa $(BIN)/python -m pytest -n $(JOBS) tests || exit 1; done
 
 clean:  ## remove what was built
 	rm -rf build dist demo_out kdkernels/*.so $(VENV)
