@@ -57,8 +57,7 @@ struct PairSums {
     dot = fma(e.p, e.q, dot);
     student_square = fma(e.q, e.q, student_square);
     teacher_square = fma(e.p, e.p, teacher_square);
-    const auto close = abs(e.d) < F(kSmallGap<F>);
-    excess = excess + select(close, e.p * (small_gap(e.d) - e.d), pq);
+    excess = excess + excess_of(e);
     slope = slope + select(e.d > F(0), F(0.5) * e.q, select(e.d < F(0), F(-0.5) * e.p, F(0)));
   }
 

@@ -144,7 +144,9 @@ def check_stored(teacher: TopK, student: Tensor, tau: float | Tensor) -> tuple[T
         raise ValueError("teacher: a TopK with a floor has no divergence here")
     if teacher.tail in ("bucket", "ignore") and teacher.form == "logits" and teacher.lse is None:
         raise ValueError(f"teacher: TopK(form='logits', tail={teacher.tail!r}) needs lse")
-    if teacher.tail == "ignore" and tau != teacher.generation_temperature:
+    if teacher.tail == "ignore" and (
+        isinstance(tau, Tensor) or tau != teacher.generation_temperature
+    ):
         raise ValueError(
             "teacher_temperature: a TopK with tail 'ignore' is at its generation_temperature, "
             f"{teacher.generation_temperature}; got {tau}"

@@ -10,6 +10,7 @@ from ..functional.divergence import divergence
 from ..functional.feature import Projector
 from .needed import needed
 from .registry import register
+from .rows import label_cross_entropy
 from .selection import selected
 
 _PAPER = "Zhang et al., Dual-Space Knowledge Distillation for Large Language Models, EMNLP 2024"
@@ -88,15 +89,15 @@ class DSKDLoss(nn.Module):
         in_student = _logits(student, self.teacher_to_student(teacher.hidden.detach()))
         in_teacher = _logits(teacher, self.student_to_teacher(student.hidden))
         options = {"temperature": self.temperature, "mask": rows, "num_items": count}
-        space = _cross_entropy(in_student, labels, rows, count)
+        space = label_cross_entropy(in_student, labels, rows, count)
         space = space + divergence(own, in_student.detach(), self.kind, **options)
         space = space + divergence(in_teacher, _logits(teacher).detach(), "forward_kl", **options)
-        plain = _cross_entropy(own, labels, rows, count)
+        plain = label_cross_entropy(own, labels, rows, count)
         return (1 - self.alpha) * plain + self.alpha * space
 
 
 @register("dskd_cma", paper=_PAPER, family="transport", status="source")
-class DSKDCMALoss(nn.Module):
+class DSKDCMALoss(DSKDLoss):
     """`DSKDLoss` for models with tokenizers of their own: attention between the two sequences takes
     the place of the projectors.
 
@@ -115,15 +116,8 @@ class DSKDCMALoss(nn.Module):
         temperature: float = 2.0,
         alpha: float = 0.5,
     ):
-        super().__init__()
-        self.student_dim = student_dim
-        self.teacher_dim = teacher_dim
-        self.kind = kind
-        self.temperature = temperature
-        self.alpha = alpha
+        super().__init__(student_dim, teacher_dim, kind, temperature, alpha)
         self.query = Projector(2 * student_dim, 2 * teacher_dim)
-        self.teacher_to_student = Projector(teacher_dim, student_dim)
-        self.student_to_teacher = Projector(student_dim, teacher_dim)
 
     def forward(
         self,
@@ -167,17 +161,10 @@ class DSKDCMALoss(nn.Module):
         own = _logits(student)
         right = rows & (in_student.argmax(-1) == labels)
         options = {"temperature": self.temperature, "num_items": count}
-        space = _cross_entropy(in_student, labels, rows, count)
+        space = label_cross_entropy(in_student, labels, rows, count)
         space = space + divergence(own, in_student.detach(), self.kind, mask=right, **options)
         space = space + divergence(
             in_teacher, _logits(teacher).detach(), "forward_kl", mask=teacher_rows, **options
         )
-        plain = _cross_entropy(own, labels, rows, count)
+        plain = label_cross_entropy(own, labels, rows, count)
         return (1 - self.alpha) * plain + self.alpha * space
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, count) -> Tensor:
-    """Sum over the selected rows / count."""
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    chosen = torch.where(rows, labels, -100)
-    return F.cross_entropy(logits.flatten(0, -2), chosen.flatten(), reduction="sum") / count

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.gromov import match_graphs
 from ..inputs import TopK
 from .registry import register
-from .selection import selected, wide
+from .rows import chosen_rows, label_cross_entropy
+from .selection import selected
 from .uld import ULDLoss
 
 
@@ -81,7 +80,7 @@ class GraphOnLogitsLoss(nn.Module):
         weights = _weights(teacher_weights, count)
         chosen = None
         if labels is not None or mask is not None:
-            chosen = selected(student, labels, mask, student.dim() - 1)
+            chosen = chosen_rows(student, labels, mask)
         masks = _each(teacher_mask, count, "teacher_mask")
         marks = _each(teacher_labels, count, "teacher_labels")
         if self.uld_weight and any(isinstance(t, TopK) for t in teachers):
@@ -116,11 +115,7 @@ class GraphOnLogitsLoss(nn.Module):
         if self.label_weight:
             if labels is None:
                 raise ValueError("labels: needed where label_weight is not 0")
-            # Zero, not NaN, where no row is selected.
-            kept = torch.where(chosen, labels, -100).reshape(-1)
-            logits = wide(student).reshape(-1, student.shape[-1])
-            total = F.cross_entropy(logits, kept, ignore_index=-100, reduction="sum")
-            loss = loss + self.label_weight * total / chosen.sum().clamp(min=1)
+            loss = loss + self.label_weight * label_cross_entropy(student, labels, mask)
         return loss
 
 

@@ -12,6 +12,7 @@ from ..functional.divergence import divergence
 from ..inputs import ProbMix
 from .needed import needed
 from .registry import register
+from .rows import RowLoss
 from .selection import wide
 
 Items = int | float | Tensor | None
@@ -222,31 +223,9 @@ class MFTLoss(nn.Module):
     paper="Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024",
     family="divergence",
 )
-class LogitStandardizationLoss(nn.Module):
+class LogitStandardizationLoss(RowLoss):
     """tau^2 KL of both rows z-scored first (population deviation, no epsilon; the release divides
     by the unbiased deviation + 1e-7). The recipe's factor 9 is the caller's."""
 
     def __init__(self, temperature: float = 2.0):
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        num_items: Items = None,
-    ) -> Tensor:
-        return divergence(
-            student,
-            teacher,
-            "forward_kl",
-            standardize=True,
-            temperature=self.temperature,
-            temperature_squared=True,
-            labels=labels,
-            mask=mask,
-            num_items=num_items,
-        )
+        super().__init__(standardize=True, temperature=temperature, temperature_squared=True)

@@ -22,7 +22,9 @@ def _both(student, teacher, labels, mask, loss):
     return log_q, label_log_probs(teacher.detach(), labels, mask=mask), chosen
 
 
-def _old(old_log_probs: Tensor | None, chosen: Tensor, log_q: Tensor, loss: str) -> Tensor:
+def sampling_log_probs(
+    old_log_probs: Tensor | None, chosen: Tensor, log_q: Tensor, loss: str
+) -> Tensor:
     """The sampling policy's log-probabilities, constant, 0 on rows that do not count."""
     given = needed(old_log_probs, "old_log_probs", loss)
     if given.shape != chosen.shape:
@@ -103,7 +105,7 @@ class ImportanceWeightedReverseKLLoss(nn.Module):
     ) -> Tensor:
         name = "importance_weighted_reverse_kl"
         log_q, log_p, chosen = _both(student, teacher, labels, mask, name)
-        old = _old(old_log_probs, chosen, log_q, name)
+        old = sampling_log_probs(old_log_probs, chosen, log_q, name)
         value = kl_estimate(log_q, log_p, "k3", old_log_q=old)
         return self.weight * mean_rows(value, chosen, num_items)
 
@@ -163,7 +165,7 @@ class SDPOLoss(nn.Module):
         log_q, log_p, chosen = _both(student, teacher, labels, mask, "sdpo")
         value = kl_estimate(log_q, log_p, "k1_policy")
         if old_log_probs is not None:
-            old = _old(old_log_probs, chosen, log_q, "sdpo")
+            old = sampling_log_probs(old_log_probs, chosen, log_q, "sdpo")
             value = value * clipped_ratio(log_q, old, self.is_clip)
         return mean_rows(value, chosen, num_items)
 
@@ -188,7 +190,7 @@ class IWOPDLoss(nn.Module):
         old_log_probs: Tensor | None = None,  # [B, L]
     ) -> Tensor:
         log_q, log_p, chosen = _both(student, teacher, labels, mask, "iw_opd")
-        advantage = log_p - _old(old_log_probs, chosen, log_q, "iw_opd")
+        advantage = log_p - sampling_log_probs(old_log_probs, chosen, log_q, "iw_opd")
         size = advantage.abs()
         total = size.sum(-1, keepdim=True)
         before = (size.cumsum(-1) - size) / torch.where(total > 0, total, 1.0)
@@ -222,7 +224,7 @@ class RLTFSDLoss(nn.Module):
         labels = needed(labels, "labels", "rltf_sd")
         chosen = chosen_rows(student, labels, mask)
         log_q = label_log_probs(student, labels, mask=mask)
-        old = _old(old_log_probs, chosen, log_q, "rltf_sd")
+        old = sampling_log_probs(old_log_probs, chosen, log_q, "rltf_sd")
         gain = needed(advantages, "advantages", "rltf_sd").detach().to(log_q.dtype)
         gain = gain[..., None] if gain.dim() == log_q.dim() - 1 else gain
         keep = chosen & (old >= self.min_old_log_prob)
@@ -337,7 +339,8 @@ class DistiLLM2Loss(nn.Module):
         means = [sequence_means(x, chosen)[0].exp() for x in (log_p, log_q)]
         gap = means[0] - means[1] if side == "chosen_anchor" else means[1] - means[0]
         seen = gap.detach().mean()
-        self._seen.setdefault(side, seen)
+        if self.training:
+            self._seen.setdefault(side, seen)
         anchor = getattr(self, side).to(gap.dtype)
         anchor = torch.where(anchor.isnan(), seen, anchor)
         a = (1 - (1 - self.alpha) * anchor / (gap + 1e-5)).clamp(self.alpha_min, self.alpha)

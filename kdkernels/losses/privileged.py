@@ -9,7 +9,7 @@ from ..functional.divergence import divergence
 from ..inputs import Clip, LogitMix
 from .needed import needed
 from .registry import register
-from .selection import selected
+from .rows import chosen_rows
 
 
 @register(
@@ -108,7 +108,7 @@ class AlignDistilLoss(nn.Module):
     ) -> Tensor:
         teacher = teacher.detach()
         reference = needed(reference, "reference", "aligndistil").detach()
-        chosen = selected(student, labels, mask, student.dim() - 1)
+        chosen = chosen_rows(student, labels, mask)
         weight: float | Tensor = self.beta / self.beta2
         scale: float | Tensor = self.beta2
         if self.mode in ("aligndistil", "theorem1_adaptive"):

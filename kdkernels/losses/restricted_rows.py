@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 from ..functional.divergence import divergence
 from ..functional.mixed_teacher import log_softmax
-from ..functional.reduction import reduce_rows
 from ..functional.support import Cells
-from ..inputs import TopK
+from ..functional.token_stats import label_log_probs
 from .needed import needed
+from .policy import clipped_ratio, sampling_log_probs
 from .registry import register
-from .selection import selected
+from .rows import RowLoss, chosen_rows, mean_rows
 
 Items = int | float | Tensor | None
-_LABEL_ALONE = (("entropy", 0.0),)
 
 
 @register(
@@ -24,51 +23,23 @@ _LABEL_ALONE = (("entropy", 0.0),)
     family="divergence",
     status="paper",
 )
-class RandomSamplingKDLoss(nn.Module):
+class RandomSamplingKDLoss(RowLoss):
     """Cross entropy to sampled teacher entries that are not renormalised (kd.TopK(form="probs",
     tail="ignore")), + label_weight x label cross entropy."""
 
-    def __init__(self, label_weight: float = 0.0):
-        super().__init__()
-        self.label_weight = label_weight
+    kind = "cross_entropy"
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: TopK,
-        labels: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        num_items: Items = None,
-    ) -> Tensor:
-        return divergence(
-            student,
-            teacher,
-            "cross_entropy",
-            label_weight=self.label_weight,
-            labels=labels,
-            mask=mask,
-            num_items=num_items,
-        )
+    def __init__(self, label_weight: float = 0.0):
+        super().__init__(label_weight=label_weight)
 
 
 @register("text2token", paper="Text2Token, 2025", family="divergence", status="secondary")
-class Text2TokenLoss(nn.Module):
+class Text2TokenLoss(RowLoss):
     """Forward KL to a stored distribution over tokens, kd.TopK(form="probs",
     tail="renormalize")."""
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: TopK,
-        labels: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        num_items: Items = None,
-    ) -> Tensor:
-        return divergence(
-            student, teacher, "forward_kl", labels=labels, mask=mask, num_items=num_items
-        )
+    def __init__(self):
+        super().__init__()
 
 
 @register("sdft", paper="SDFT, as in TRL", family="divergence")
@@ -106,12 +77,11 @@ class SDFTLoss(nn.Module):
         weight = None
         if old_log_probs is not None:
             needed(labels, "labels", "sdft with old_log_probs")
-            log_q = -divergence(
-                student.detach(), None, _LABEL_ALONE, label_weight=1.0, reduction="none", **rows
+            log_q = label_log_probs(student.detach(), labels, mask=mask)
+            old = sampling_log_probs(
+                old_log_probs, chosen_rows(student, labels, mask), log_q, "sdft"
             )
-            chosen = selected(student, labels, mask, student.dim() - 1)
-            ratio = (log_q - old_log_probs.detach()).clamp(-20.0, 20.0).exp()
-            weight = torch.where(chosen, ratio.clamp(max=self.is_clip), 0.0)
+            weight = clipped_ratio(log_q, old, self.is_clip)
         return divergence(
             student,
             teacher,
@@ -172,7 +142,7 @@ class SDZeroLoss(nn.Module):
             )
         if forward == 1.0:
             return total
-        chosen = selected(student, labels, mask, student.dim() - 1)
+        chosen = chosen_rows(student, labels, mask)
         cells = Cells(ids, "bucket", student.shape[-1], chosen)
         keep = chosen.unsqueeze(-1)  # torch's derivative of other rows must not be 0 * NaN
         log_q = log_softmax(cells.logits(torch.where(keep, student, 0.0), 1.0, True))
@@ -181,6 +151,5 @@ class SDZeroLoss(nn.Module):
         target = torch.cat([log_p, outside], -1)
         entropy = divergence(student, None, "entropy", mask=chosen, reduction="none")
         reverse = -entropy - (log_q.exp() * target).sum(-1)
-        reverse = reduce_rows(reverse, chosen, None, "mean", "rows", num_items)
-        reverse = (1.0 - forward) * reverse
+        reverse = (1.0 - forward) * mean_rows(reverse, chosen, num_items)
         return reverse if total is None else total + reverse

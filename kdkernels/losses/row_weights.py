@@ -7,15 +7,11 @@ from torch import Tensor, nn
 
 from ..functional.divergence import divergence
 from ..functional.ranking import plackett_luce
+from ..functional.reduction import row_quantile
 from ..ops.common import compute_dtype
 from .needed import needed
 from .registry import register
 from .rows import chosen_rows, entropies, label_cross_entropy, mean_rows, zero_rest
-
-
-def _quantile(values: Tensor, chosen: Tensor, q: float) -> Tensor:
-    """Quantile (linear interpolation) over the chosen rows; NaN where there are none."""
-    return torch.where(chosen, values, torch.nan).flatten().nanquantile(q)
 
 
 @register(
@@ -132,7 +128,7 @@ class AdaKDLoss(nn.Module):
             ("steps", 0.0),
         ):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
-        self._seen: Tensor | None = None  # the last loss, for step()
+        self._seen: Tensor | None = None  # the last training loss, for step()
 
     def step(self) -> None:
         """Once an optimiser step."""
@@ -182,7 +178,8 @@ class AdaKDLoss(nn.Module):
             student, teacher, self.kind, temperature=tau, temperature_squared=True,
             mask=keep, num_items=num_items,
         )  # fmt: skip
-        self._seen = loss.detach()
+        if self.training:
+            self._seen = loss.detach()
         return loss
 
 
@@ -215,7 +212,7 @@ class AdaSPECLoss(nn.Module):
         gain = divergence(student.detach(), teacher, "forward_kl", **rows) - divergence(
             reference, teacher, "forward_kl", **rows
         )
-        keep = chosen & (gain >= _quantile(gain, chosen, 1 - self.k))
+        keep = chosen & (gain >= row_quantile(gain, chosen, 1 - self.k))
         return divergence(student, teacher, "forward_kl", mask=keep, num_items=num_items)
 
 
@@ -266,7 +263,7 @@ class TSDKDLoss(nn.Module):
             student, teacher, "jensen_shannon", beta=self.beta, weight=weight,
             num_items=num_items, **rows,
         )  # fmt: skip
-        uncertain = chosen & (fixed >= _quantile(fixed, chosen, self.threshold))
+        uncertain = chosen & (fixed >= row_quantile(fixed, chosen, self.threshold))
         loss = loss + mean_rows(entropy, uncertain, num_items)
         if self.indirect_kd_alpha == 0:
             return loss

@@ -14,10 +14,10 @@ try:
 except ImportError as error:
     _reason = f"triton is not installed ({error})"
 else:
+    from .common import INTERPRETED
     from .divergence import divergence_bwd as divergence_bwd
     from .divergence import divergence_fwd as divergence_fwd
     from .divergence import scale as scale
-    from .divergence_rows import INTERPRETED
     from .relation import softmax_relation as softmax_relation
     from .sinkhorn import sinkhorn_bwd as sinkhorn_bwd
     from .sinkhorn import sinkhorn_fwd as sinkhorn_fwd

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import spec as S
 from ..spec import DivergenceSpec
 from ..torch import selection, unit_factors
+from .common import INTERPRETED
 from .divergence_math import (
     ALPHA,
     BHATTACHARYYA,
@@ -39,7 +40,6 @@ from .divergence_rows import (
     DIVERGENCE,
     FACTOR,
     HUGE,
-    INTERPRETED,
     LABEL_LSE,
     LOG2E,
     MAX_S,

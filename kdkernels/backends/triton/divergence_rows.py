@@ -6,11 +6,8 @@ import triton
 import triton.language as tl
 
 from .. import spec as S
+from .common import IN_PYTHON
 from .divergence_math import BHATTACHARYYA, INFINITY, log1p, overlap_terms, terms
-
-# The interpreter wraps kernels in a class of its own.
-INTERPRETED = not isinstance(terms, triton.runtime.JITFunction)
-IN_PYTHON = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below this one-pass value (nats) a row is finished by non-negative generators: the one-pass form

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import torch_transport
 from ..transport_spec import ENVELOPE, IMPLICIT, SinkhornSpec
-from .divergence_rows import INTERPRETED
+from .common import INTERPRETED
 from .sinkhorn_rows import (
     LARGE_SUM,
     LOG2E,

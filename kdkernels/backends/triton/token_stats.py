@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch import selection
+from .common import INTERPRETED
 from .divergence import _ENTRIES, _block, _check, _device, _row_stride, _valid
 from .divergence_math import INFINITY, expm1, kl_generator, small_gap, zero_times
 from .divergence_rows import (
-    INTERPRETED,
     LOG2E,
     entry,
     fill,
