@@ -1,10 +1,15 @@
 // relation_rows, feature_rows, feature_columns, plackett_luce: tensors to views, numbers to a
 // struct, nothing else.
+#include <pybind11/stl.h>
+
+#include <array>
+
 #include "bind.h"
 #include "common/check.h"
 #include "relation/feature.h"
 #include "relation/plackett_luce.h"
 #include "relation/relation.h"
+#include "relation/relation_walk.h"
 #include "relation/softmax_relation.h"
 #include "view_caster.h"
 
@@ -91,6 +96,39 @@ void bind_relation(py::module_& m) {
       },
       "Row values of a chunk of two relation maps; the products become gradients in place "
       "(csrc/relation/relation.h).");
+
+#if !defined(KDK_BUILD_SIMT)
+  m.attr("RELATION_WIDTH_UNIT") = kWidthUnit;
+  m.attr("RELATION_PANEL_UNIT") = kPanelUnit;
+  m.def(
+      "relation_walk",
+      [](const std::array<View, 6>& student, const std::array<View, 6>& teacher, View student_scale,
+         View teacher_scale, View row_mask, View column_mask, View pair_mask, View pair_index,
+         View row_block, View column_block, View row_weight, View rows, bool symmetric,
+         int64_t parts, const py::tuple& spec) {
+        RelationWalkArgs args;
+        args.student = {student[0], student[1], student[2], student[3], student[4], student[5]};
+        args.teacher = {teacher[0], teacher[1], teacher[2], teacher[3], teacher[4], teacher[5]};
+        args.symmetric = symmetric;
+        args.parts = parts;
+        args.map.student_scale = student_scale;
+        args.map.teacher_scale = teacher_scale;
+        args.map.row_mask = row_mask;
+        args.map.column_mask = column_mask;
+        args.map.pair_mask = pair_mask;
+        args.map.pair_index = pair_index;
+        args.map.row_block = row_block;
+        args.map.column_block = column_block;
+        args.map.row_weight = row_weight;
+        args.map.rows = rows;
+        args.map.spec = relation_spec_from(spec);
+        py::gil_scoped_release release;
+        cpu::relation_walk(args);
+      },
+      "Row values and gradients of two relation maps in blocks of rows; each side is (q, k, "
+      "panels, "
+      "dq, dk, further) (csrc/relation/relation_walk.h).");
+#endif
 
 #if defined(KDK_BUILD_SIMT) || defined(KDK_WITH_CUDA)
   m.def(

@@ -303,6 +303,11 @@ float* scratch(size_t bytes) {
   return buffer.get(std::max<size_t>(bytes, 1));
 }
 
+float* block_scratch(size_t bytes) {
+  thread_local Scratch buffer;
+  return buffer.get(std::max<size_t>(bytes, 1));
+}
+
 void advise_huge(void* data, size_t bytes) {
 #if defined(__linux__)
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);

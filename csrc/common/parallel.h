@@ -53,6 +53,10 @@ const char* thread_pool_name();
 constexpr size_t kScratchLimit = size_t{2} << 20;
 float* scratch(size_t bytes);
 
+// A second buffer of the same sort, for a loop that holds it while what it calls uses scratch().
+// Without a limit: it is for blocks that grow with a row.
+float* block_scratch(size_t bytes);
+
 // Asks for huge pages on the whole 2 MiB blocks inside [data, data + bytes): a large fresh output
 // then costs one page fault where 4 KiB pages cost 512. Only a hint.
 void advise_huge(void* data, size_t bytes);

@@ -19,7 +19,7 @@ inline RelationRows resolve_relation_inline(const RelationArgs& a) {
   KD_CHECK(a.student.dtype == DType::kFloat32 || a.student.dtype == DType::kFloat64,
            "student: expected float32 or float64 products, got ", name(a.student.dtype));
   const int64_t H = a.student.shape[0], R = a.student.shape[1], M = a.student.shape[2];
-  out.graphs = H, out.chunk_rows = R, out.columns = M;
+  out.graphs = H, out.chunk_rows = R, out.columns = out.row_stride = M;
   out.is_double = a.student.dtype == DType::kFloat64;
   const DType compute = a.student.dtype;
   const auto cube = [&](const View& v, const char* argument) {

@@ -35,8 +35,8 @@ struct Row {
 
   KD_LANES Row(const RelationRows& c, int64_t index)
       : call(c), h(index / c.chunk_rows), r(index % c.chunk_rows) {
-    student = static_cast<T*>(c.student) + index * c.columns;
-    teacher = c.teacher ? static_cast<T*>(c.teacher) + index * c.columns : student;
+    student = static_cast<T*>(c.student) + index * c.row_stride;
+    teacher = c.teacher ? static_cast<T*>(c.teacher) + index * c.row_stride : student;
     scale_s = *static_cast<const T*>(c.student_scale);
     scale_t = c.teacher_scale ? *static_cast<const T*>(c.teacher_scale) : scale_s;
     column_norms_s = column_norms_t = nullptr;

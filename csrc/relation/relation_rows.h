@@ -60,6 +60,7 @@ struct RelationRows {
   int64_t row_weight_stride[2] = {}, pair_weight_stride[3] = {};
   int64_t norms_stride[2] = {}, means_stride[2] = {};
   int64_t graphs = 0, chunk_rows = 0, columns = 0;
+  int64_t row_stride = 0;  // between rows of products; columns but in blocks of the CPU's walk
   bool is_double = false;
   bool masked = false;  // anything but whole rows is selected
   RelationKind kind = RelationKind::kSoftmaxKl;

@@ -27,6 +27,10 @@ if not isinstance(_C, str):
     sorted_workspace = _C.sorted_workspace
     sorted_transport = _C.sorted_transport
     relation_rows = _C.relation_rows
+    relation_walk = _C.relation_walk
+    isa = _C.isa
+    RELATION_WIDTH_UNIT = _C.RELATION_WIDTH_UNIT
+    RELATION_PANEL_UNIT = _C.RELATION_PANEL_UNIT
     feature_rows = _C.feature_rows
     feature_columns = _C.feature_columns
     plackett_luce = _C.plackett_luce

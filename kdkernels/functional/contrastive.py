@@ -120,34 +120,54 @@ def contrastive(
         exclude_diagonal=float(exclude_diagonal), diagonal=float(row_offset), half=half
     )
 
-    def log_sum_exp() -> Tensor:
+    selected = row_mask
+    if target is None or label_mix:
+        mean, has = _positive_mean(query, key, positives, labels, row_offset)
+        selected = row_mask & has
+    # A sum over rows is one walk: its gradient is made along with the values. Rows that are wanted
+    # one by one, or weighted by a soft target's mass, wait for their upstream.
+    by_rows = reduction == "none" or isinstance(target, Tensor)
+    if not by_rows:
+        own = selected[None]
+        both = own if selection.row_mask is None else own & selection.row_mask
+        selection = selection._replace(row_mask=both)
+
+    def walk(kind: str, q_t: Tensor | None = None, k_t: Tensor | None = None) -> Tensor:
+        """Row values (N,), or their sum over the selected rows; float64."""
         found = ops.relation(
-            query[None], keys[None], None, None, scale, None, "log_sum_exp", spec, selection, "rows"
+            query[None],
+            keys[None],
+            None if q_t is None else q_t[None],
+            None if k_t is None else k_t[None],
+            scale,
+            None if q_t is None else scale.detach(),
+            kind,
+            spec,
+            selection,
+            "rows" if by_rows else "graph",
         )
         return found.value[0]
 
+    hard = value = None
     if target is None or label_mix:
-        mean, has = _positive_mean(query, key, positives, labels, row_offset)
-        hard = log_sum_exp() - scale.double() * mean
-        selected = row_mask & has
-    if target is None:
+        products = scale.double() * torch.where(selected, mean, torch.zeros_like(mean))
+        hard = walk("log_sum_exp") - (products if by_rows else products.sum())
+    if isinstance(target, Tensor):
+        value = _soft_rows(query, keys, scale, target, walk)
+    elif target is not None:
+        value = walk("softmax_cross_entropy", *_teacher_pair(query, keys, target, queue))
+    if value is None:
         value = hard
-    elif isinstance(target, Tensor):
-        value = _soft_rows(query, keys, scale, target, log_sum_exp)
-    else:
-        value = _teacher_rows(query, keys, scale, target, queue, spec, selection)
-    if target is None:
-        pass
     elif label_mix:
         value = (1 - label_mix) * value + label_mix * hard
-    else:
-        selected = row_mask
-    value = torch.where(selected, value, torch.zeros_like(value)).to(query.dtype)
-    if reduction == "none":
-        return value
-    if reduction == "sum":
-        return value.sum()
-    return (value.double().sum() / selected.sum().clamp(min=1)).to(query.dtype)
+    if by_rows:
+        value = torch.where(selected, value, torch.zeros_like(value))
+        if reduction == "none":
+            return value.to(query.dtype)
+        value = value.sum()
+    if reduction == "mean":
+        value = value / selected.sum().clamp(min=1)
+    return value.to(query.dtype)
 
 
 def _check(query, key, queue, reduction):
@@ -260,7 +280,7 @@ def _rows_times(target: Tensor, key: Tensor) -> Tensor:
     return torch.cat([part.to(key.dtype) @ key for part in target.split(step)])
 
 
-def _soft_rows(query, keys, scale, target: Tensor, log_sum_exp) -> Tensor:
+def _soft_rows(query, keys, scale, target: Tensor, walk) -> Tensor:
     """- sum_j t_ij log q_ij = (sum_j t_ij) lse_i - scale <q_i, sum_j t_ij k_j>."""
     rows, columns = query.shape[0], keys.shape[0]
     check_floats(target, "target")
@@ -270,11 +290,11 @@ def _soft_rows(query, keys, scale, target: Tensor, log_sum_exp) -> Tensor:
         raise ValueError(f"target: expected shape ({rows}, {columns}), got {tuple(target.shape)}")
     mass = target.double().sum(-1)
     mean = _rows_times(target, keys)
-    return mass * log_sum_exp() - scale.double() * (query.double() * mean.double()).sum(-1)
+    return mass * walk("log_sum_exp") - scale.double() * (query.double() * mean.double()).sum(-1)
 
 
-def _teacher_rows(query, keys, scale, target, queue, spec, selection) -> Tensor:
-    """Cross entropy with the softmax of a teacher's (query, key) at the same scale."""
+def _teacher_pair(query, keys, target, queue) -> tuple[Tensor, Tensor]:
+    """The teacher's queries and keys in the student's dtype, as many as the student's."""
     if len(target) != 2:
         raise ValueError("target: expected rows [N, M] or a pair (query, key)")
     q, k = target
@@ -288,16 +308,4 @@ def _teacher_rows(query, keys, scale, target, queue, spec, selection) -> Tensor:
             f"target: expected {query.shape[0]} queries and {keys.shape[0]} keys, got {q.shape[0]} "
             f"and {k.shape[0]}"
         )
-    found = ops.relation(
-        query[None],
-        keys[None],
-        q[None],
-        k[None],
-        scale,
-        scale.detach(),
-        "softmax_cross_entropy",
-        spec,
-        selection,
-        "rows",
-    )
-    return found.value[0]
+    return q, k

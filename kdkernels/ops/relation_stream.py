@@ -1,8 +1,12 @@
-"""Row values and gradients of two relation maps, chunk by chunk: the maps are never held.
+"""Row values and gradients of two relation maps, piece by piece: the maps are never held.
 
-torch makes the products of a chunk of rows, the backend's row kernel turns them in place into
-gradients, torch multiplies these back. Memory beside inputs and gradients: two chunks. Results
-are as deterministic as torch's matrix products.
+Three ways, by shape and backend:
+    tiles    softmax kinds of half tokens on tensor cores, of any tokens in Triton: one kernel
+    blocks   float32 on a CPU with AVX2 or AVX-512: one kernel walks over blocks of rows that fit
+             the cache, products included
+    chunks   everything else: torch makes the products of a chunk of rows, the backend's row kernel
+             turns them in place into gradients, torch multiplies these back; two chunks of memory,
+             and as deterministic as torch's matrix products
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import relation_spec as R
@@ -23,6 +28,8 @@ from .common import empty
 _ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Fewer rows make the matrix products slow; with many columns chunks are larger instead.
 _ROWS = 64
+# The walk in blocks: jobs that few graphs are cut into, each with a gradient of the keys.
+_PARTS = 8
 # Entries of the unit differences that the angle kind holds at a time.
 _ANGLE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -281,7 +288,8 @@ def stream(
     if kind == "distance":
         return _distance(q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight)
     symmetric = (
-        kind in R.ELEMENT_KINDS
+        k_s is None
+        and kind in R.ELEMENT_KINDS
         and row_weight is None
         and pair_weight is None
         and selection.row_mask is selection.column_mask
@@ -289,6 +297,11 @@ def stream(
         and selection.row_block is selection.column_block
         and not spec.causal
     )
+    if pair_weight is None and not want_pairs and _takes_blocks(backend, kind, q_s, q_t):
+        return _blocks(
+            backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight,
+            symmetric,
+        )  # fmt: skip
     student = _Side(q_s, k_s, need_s, symmetric)
     teacher = None if q_t is None else _Side(q_t, k_t, need_t, symmetric)
     out = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
@@ -354,6 +367,82 @@ def _tiles(
             gradients[queries] += gradients[queries + 1]
             gradients[queries + 1] = None
     return Streamed(report, *gradients, None)
+
+
+def _takes_blocks(backend, kind: str, q_s: Tensor, q_t: Tensor | None) -> bool:
+    """Whether the walk in blocks serves: float32 on vectors with fused multiply-add, and tokens
+    that are not mostly zeros once their width is a multiple of its unit."""
+    if not hasattr(backend, "relation_walk") or kind == "distance_sum":
+        return False
+    if q_s.dtype != torch.float32 or backend.isa() == "baseline":
+        return False
+    narrowest = min(x.shape[-1] for x in (q_s, q_t) if x is not None)
+    return 2 * narrowest >= backend.RELATION_WIDTH_UNIT
+
+
+def _blocks(
+    backend,
+    q_s,
+    k_s,
+    q_t,
+    k_t,
+    scale_s,
+    scale_t,
+    kind,
+    spec,
+    selection,
+    row_weight,
+    symmetric,
+) -> Streamed:
+    """All kinds but distances, products included, by a kernel that keeps a block of rows cached."""
+    need_s, need_t = bool(spec.need_student), bool(spec.need_teacher) and q_t is not None
+    graphs, rows = q_s.shape[:2]
+    columns = rows if k_s is None else k_s.shape[1]
+    # Of the shape alone: how many parts there are decides in which order the gradients are added.
+    parts = _PARTS if symmetric else _PARTS // max(graphs, 1)
+    parts = max(1, min(parts, rows // _ROWS))
+    out = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
+
+    def side(q: Tensor | None, k: Tensor | None, need: bool) -> tuple[Tensor | None, ...]:
+        if q is None:
+            return (None,) * 6
+        q = _padded(q, backend.RELATION_WIDTH_UNIT)
+        k = None if k is None else _padded(k, backend.RELATION_WIDTH_UNIT)
+        width, unit = q.shape[-1], backend.RELATION_PANEL_UNIT
+
+        def make(*shape: int) -> Tensor:
+            return empty((*shape, width), q.dtype, q.device)
+
+        panels = make(graphs, -(-columns // unit) * unit)
+        dq = make(graphs, rows) if need else None
+        dk = make(graphs, columns) if need and k is not None else None
+        further = make(parts - 1, graphs, columns) if need and parts > 1 and not symmetric else None
+        return q, k, panels, dq, dk, further
+
+    student, teacher = side(q_s, k_s, need_s), side(q_t, k_t, need_t)
+    backend.relation_walk(
+        student,
+        teacher,
+        scale_s,
+        scale_t,
+        *selection,
+        row_weight,
+        out,
+        symmetric,
+        parts,
+        spec._replace(kind=float(R.CODES[kind])),
+    )
+    gradients = (student[3], student[4], teacher[3], teacher[4])
+    widths = (q_s, q_s, q_t, q_t)
+    cut = (
+        None if g is None else g[..., : x.shape[-1]].contiguous() for g, x in zip(gradients, widths)
+    )
+    return Streamed(out, *cut, None)
+
+
+def _padded(tokens: Tensor, unit: int) -> Tensor:
+    """Contiguous, with a width that is a multiple of `unit`: zeros change no product."""
+    return F.pad(tokens, (0, -tokens.shape[-1] % unit)).contiguous()
 
 
 def _squared_norms(q_s, k_s, q_t, k_t) -> Tensor:
