@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels as kd
+from kdkernels.backends.registry import pick
 from kdkernels.backends.torch_feature import ELEMENT_KINDS, KINDS
 
 FAMILY = "relation"
@@ -231,3 +232,37 @@ def test_empty_and_bad_input(kernel_backend):
     with pytest.raises(TypeError, match="mask"):
         kd.feature(s, t, mask=torch.ones(2))
     torch.testing.assert_close(kd.feature(s.half(), t), F.mse_loss(s.half().float(), t))
+
+
+def test_a_mean_makes_its_gradient_along_with_its_value(kernel_backend, monkeypatch):
+    module = pick("relation", kernel_backend.device)
+    walks = []
+    native = module.feature_rows
+    monkeypatch.setattr(
+        module, "feature_rows", lambda *args: (walks.append(args[9]), native(*args))[1]
+    )
+    student, teacher = (x.to(kernel_backend.device) for x in vectors(5, 40))
+    student.requires_grad_()
+    mask = torch.tensor([True, False, True, True, True], device=kernel_backend.device)
+    items = torch.tensor(7.0, device=kernel_backend.device)
+    for options in ({}, {"mask": mask}, {"num_items": items}, {"reduction": "sum"}):
+        walks.clear()
+        loss = kd.feature(student, teacher, "cosine", **options)
+        (first,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
+        assert len(walks) == 1 and walks[0] is not None
+        (again,) = torch.autograd.grad(3 * loss, student)
+        torch.testing.assert_close(first, again, rtol=1e-6, atol=0)
+        wide = student.detach().double().requires_grad_()
+        other = torch.nn.functional.cosine_similarity(wide, teacher.double(), dim=-1)
+        keep = mask if "mask" in options else torch.ones_like(mask)
+        count = {"num_items": 7.0, "reduction": 1.0}.get(next(iter(options), ""), keep.sum())
+        (wanted,) = torch.autograd.grad(3 * ((1 - other) * keep).sum() / count, wide)
+        torch.testing.assert_close(first.double(), wanted, rtol=1e-5, atol=1e-8)
+    half = student.detach().half().requires_grad_()
+    walks.clear()
+    kd.feature(half, teacher.half(), "cosine").backward()
+    assert len(walks) == 2  # a float16 gradient waits for its upstream
+    loss = kd.feature(student, teacher, "mse")
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()

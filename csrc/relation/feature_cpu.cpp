@@ -22,6 +22,7 @@ struct Reader {
   const T* entries;  // (d)
   const F* mean;     // (d) standardize, else none
   const F* inverse;  // (d)
+  const T* next;     // the following row: rows are short, hardware does not look past a page
   V shift = V::zero(), rate = V(F(1));
 
   // x of the lanes from column j; lanes past the end are 0.
@@ -31,6 +32,7 @@ struct Reader {
     x = (x - shift) * rate;
     return n == V::kLanes ? x : select(V::Mask::first(n), x, V::zero());
   }
+  KD_LANES void prefetch_next(int64_t j) const { prefetch(next + j); }
   KD_LANES void set(const Side& side) {
     shift = V(static_cast<F>(side.shift)), rate = V(static_cast<F>(side.rate));
   }
@@ -53,7 +55,8 @@ KD_LANES Reader<T> reader_of(const FeatureRows& call, int64_t row, bool is_teach
   using F = typename Reader<T>::F;
   const void* data = is_teacher ? call.teacher : call.student;
   const int64_t stride = is_teacher ? call.teacher_stride : call.student_stride;
-  Reader<T> out{static_cast<const T*>(data) + row * stride, nullptr, nullptr};
+  const T* entries = static_cast<const T*>(data) + row * stride;
+  Reader<T> out{entries, nullptr, nullptr, row + 1 < call.count ? entries + stride : entries};
   if (call.columns) {
     out.mean = static_cast<const F*>(call.columns) + (is_teacher ? 2 : 0) * call.column_plane +
                row / call.group_rows * call.width;
@@ -83,6 +86,7 @@ KD_LANES void normalise(const FeatureRows& call, Reader<T>& s, Reader<T>& t, Sid
         [&](int64_t j, int64_t n) {
           const V x = s(j, n), y = t(j, n);
           a.add(x * x), b.add(y * y);
+          s.prefetch_next(j), t.prefetch_next(j);
         },
         flush);
   };
@@ -179,6 +183,7 @@ KD_LANES void element_row(const FeatureRows& call, int64_t row, const Writer<T>&
         [&](int64_t j, int64_t n) {
           const V x = s(j, n), y = t(j, n);
           const V rho = relation::rho<kRho>(x - y, beta, none);
+          s.prefetch_next(j), t.prefetch_next(j);
           value.add(weight ? rho * weight_at(j, n) : rho);
           if (elements) store_lanes(elements + j, rho, n);
           if (to_weight) store_lanes(to_weight + j, rho * V(factor), n);

@@ -82,8 +82,13 @@ def feature(
     )
     row_weight, element_weight = _weights(weight, s, leading, elementwise)
     inside = None if spec.elements or not elementwise else element_weight
-    value = ops.feature(s, t, mask, inside, spec)
     dtype = compute_dtype(s)
+    if weight is None and reduction != "none" and ops.takes_sum(s, t, spec):
+        factor = 1.0 / _divisor(s, mask, elementwise, reduction, num_items)
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, dtype=torch.float64, device=s.device)
+        return ops.feature_sum(s, t, mask, factor.detach().double(), spec).to(dtype)
+    value = ops.feature(s, t, mask, inside, spec)
     if spec.elements:
         for factor in (element_weight, None if row_weight is None else row_weight[:, None]):
             if factor is not None:
@@ -93,20 +98,25 @@ def feature(
         value = _where(mask, value * row_weight)
     if reduction == "none":
         return value.to(dtype).view(leading)
-    total = value.sum()
+    return (value.sum() / _divisor(s, mask, elementwise, reduction, num_items)).to(dtype)
+
+
+def _divisor(
+    s: Tensor, mask: Tensor | None, elementwise: bool, reduction: str, num_items
+) -> float | Tensor:
+    """What the sum of the rows' values is divided by."""
     if reduction == "sum":
-        return total.to(dtype)
+        return 1.0
     if num_items is not None:
-        items = num_items
-        if not isinstance(items, Tensor):
-            items = check_number(items, "num_items", positive=True)
-        elif items.dim() != 0:
-            raise ValueError(f"num_items: expected a 0-d tensor, got {tuple(items.shape)}")
-        return (total / items).to(dtype)
+        if not isinstance(num_items, Tensor):
+            return float(check_number(num_items, "num_items", positive=True))
+        if num_items.dim() != 0:
+            raise ValueError(f"num_items: expected a 0-d tensor, got {tuple(num_items.shape)}")
+        return num_items.detach()
     per_row = s.shape[1] if elementwise else 1
     if mask is None:
-        return (total / max(s.shape[0] * per_row, 1)).to(dtype)
-    return (total / (mask.sum() * per_row).clamp(min=1)).to(dtype)
+        return float(max(s.shape[0] * per_row, 1))
+    return (mask.sum() * per_row).clamp(min=1)
 
 
 def _where(mask: Tensor | None, value: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""feature under autograd: forward reads each side once and keeps nothing, backward reads again.
+"""feature under autograd.
 
-The value of a row is a sum, so the upstream of a mean is one number expanded over the rows, and
-the gradients are written once, in the dtype of the rows, with the true upstream inside. Eager and
-torch.func calls take one autograd.Function, torch.compile the registered operators.
+`feature_sum`, eager: a sum over rows whose gradient for upstream 1 is made by the walk that makes
+the values, each side is read once. `feature`, everything else (values of rows, weights, float16
+gradients, torch.func, torch.compile): forward keeps nothing, backward reads again and writes the
+gradients once, in the dtype of the rows, with the true upstream inside.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ..backends.registry import pick
 from ..backends.torch_feature import KINDS, NORMALIZES, feature_dense
-from .common import compute_dtype, empty, refuse_jvp, refuse_vmap
+from .common import compute_dtype, empty, functorch_active, refuse_jvp, refuse_vmap
+from .once import refuse_second_of
 
 _NO_SECOND = "kdkernels.feature has no second derivative"
 
@@ -166,6 +168,56 @@ class _Gradient(torch.autograd.Function):
         raise NotImplementedError(_NO_SECOND)
 
 
+class _Sum(torch.autograd.Function):
+    """factor x the sum of the rows' values (0-d float64); eager only."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask, factor, spec):
+        rows, device = student.shape[0], student.device
+        value = empty((rows,), torch.float64, device)
+        gradients = [empty(tuple(student.shape), student.dtype, device) if need else None
+                     for need in ctx.needs_input_grad[:2]]  # fmt: skip
+        pick("relation", device.type).feature_rows(
+            student,
+            teacher,
+            mask,
+            None,
+            None,
+            value,
+            None,
+            factor.expand(rows),
+            None,
+            *gradients,
+            None,
+            KINDS.index(spec.kind),
+            NORMALIZES.index(spec.normalize),
+            spec.beta,
+            spec.margin,
+        )
+        ctx.prepared, ctx.spec = gradients, spec
+        ctx.save_for_backward(student, teacher, mask, factor)
+        return value.sum() * factor
+
+    @staticmethod
+    def backward(ctx, upstream):
+        with torch.no_grad():
+            gradients, ctx.prepared = ctx.prepared, None
+            student, teacher, mask, factor = ctx.saved_tensors
+            if gradients is None:  # backward runs a second time
+                needs = (*ctx.needs_input_grad[:2], False)
+                rows = (upstream * factor).expand(student.shape[0])
+                found = _backward(rows, student, teacher, mask, None, None, ctx.spec, needs)
+                gradients = found[:2]
+            else:
+                scale = pick("relation", student.device.type).scale
+                for gradient in gradients:
+                    if gradient is not None:
+                        scale(gradient, upstream.to(compute_dtype(gradient)))
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = [None if g is None else refuse_second_of(g, "feature") for g in gradients]
+        return (*gradients, None, None, None)
+
+
 # The compile door. ------------------------------------------------------------------------------
 
 _library = torch.library.Library("kdkernels", "FRAGMENT")
@@ -246,3 +298,24 @@ def feature(
         value = feature_dense(student, teacher, mask, weight, *spec)
         return value.to(compute_dtype(student)) if spec.elements else value
     return _Feature.apply(student, teacher, mask, weight, spec)[0]
+
+
+def takes_sum(student: Tensor, teacher: Tensor, spec: FeatureSpec) -> bool:
+    """Whether `feature_sum` serves: an eager call that wants a gradient.
+
+    A float16 gradient for upstream 1 underflows under a mean over many tokens; standardized rows
+    need a second walk over their gradients.
+    """
+    wanted = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    if not wanted or torch.compiler.is_compiling() or functorch_active():
+        return False
+    return (
+        student.dtype != torch.float16 and spec.normalize != "standardize" and _has_kernels(student)
+    )
+
+
+def feature_sum(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, factor: Tensor, spec: FeatureSpec
+) -> Tensor:
+    """factor x the sum of the rows' values, 0-d float64, where `takes_sum`; factor: 0-d float64."""
+    return _Sum.apply(student, teacher, mask, factor, spec)
