@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 
-from . import peers
+from . import peers, relation_peers
 from .harness import Case, Settings, Step, Variant
 
 OURS = "kdkernels"
@@ -20,13 +20,13 @@ def cases(settings: Settings) -> list[Case]:
     """All cases for the device; `quick` shrinks them to a smoke test."""
     if settings.quick:
         heads, tokens, wide, batch, vocabulary = 2, 128, 256, 128, 512
-        hidden = (256, 64)
+        hidden, corner = (256, 64), 24
     elif settings.device == "cuda":
         heads, tokens, wide, batch, vocabulary = 16, 8192, 16384, 32768, 128256
-        hidden = (65536, 4096)
+        hidden, corner = (65536, 4096), 512
     else:
         heads, tokens, wide, batch, vocabulary = 12, 2048, 4096, 4096, 128256
-        hidden = (8192, 1024)
+        hidden, corner = (8192, 1024), 256
     width = 128 if settings.device == "cuda" and not settings.quick else 64
     shape = (heads, tokens, width)
     video = (1, 3600 if not settings.quick else 150, 768 if not settings.quick else 32)
@@ -59,6 +59,9 @@ def cases(settings: Settings) -> list[Case]:
         case("relation margin_l1 loss+gradient", video, margin_l1, (video[1], video[1])),
         case("relation mse loss+gradient", (1, wide, 256), mse, (wide, wide)),
         case("relation gram_row_l2 loss+gradient", (1, wide, 256), gram_row_l2, (wide, wide)),
+        case("relation gram_row_l1 loss+gradient", (1, wide, 256), gram_row_l1, (wide, wide)),
+        case("relation distance loss+gradient", (1, wide, 256), distance, (wide, wide)),
+        case("relation angle loss+gradient", (1, corner, 128), angle, (corner, corner**2)),
         case("contrastive loss+gradient", (batch, 128), info_nce, (batch, batch)),
         case("plackett_luce loss+gradient", (16, vocabulary), plackett_luce, (16, vocabulary)),
         case("feature cosine loss+gradient", hidden, feature_cosine, hidden),
@@ -76,14 +79,21 @@ def make_tokens(shape: tuple[int, ...], device: str, width: int | None = None):
 
 
 def _variants(
-    ours: Callable, eager: Callable, student: torch.Tensor, teacher: torch.Tensor, quick: bool
+    ours: Callable,
+    eager: Callable,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    settings: Settings,
+    peer: peers.Peer | None = None,
 ) -> list[Variant]:
     def step(loss: Callable) -> Step:
         return Step(lambda: torch.autograd.grad(loss(student, teacher), student))
 
     found = [Variant(OURS, lambda: step(ours)), Variant("eager", lambda: step(eager))]
-    if not quick:
+    if not settings.quick:
         found.append(Variant("torch.compile(eager)", lambda: step(peers.compiled(eager))))
+    if settings.peers and peer is not None:
+        found.append(Variant(peer.name, lambda: step(peer.load()), note=peer.note))
     return found
 
 
@@ -99,7 +109,7 @@ def softmax_kl(
 
     student, teacher = (x.detach().to(dtype) for x in make_tokens(shape, settings.device))
     student.requires_grad_()
-    return _variants(kd.relation, eager, student, teacher, settings.quick)
+    return _variants(kd.relation, eager, student, teacher, settings)
 
 
 def softmax_kl_half(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -119,7 +129,7 @@ def margin_l1(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         return ((maps[0] - maps[1]).abs() - 0.1).relu().mean()
 
     student, teacher = make_tokens(shape, settings.device)
-    return _variants(ours, eager, student, teacher, settings.quick)
+    return _variants(ours, eager, student, teacher, settings)
 
 
 def mse(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -133,7 +143,7 @@ def mse(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         return F.mse_loss(*(x @ x.mT for x in units))
 
     student, teacher = make_tokens(shape, settings.device)
-    return _variants(ours, eager, student, teacher, settings.quick)
+    return _variants(ours, eager, student, teacher, settings)
 
 
 def gram_row_l2(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -146,7 +156,60 @@ def gram_row_l2(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         return F.mse_loss(*(F.normalize(x @ x.mT, dim=-1) for x in (student, teacher)))
 
     student, teacher = make_tokens(shape, settings.device)
-    return _variants(ours, eager, student, teacher, settings.quick)
+    peer = relation_peers.similarity_preserving()
+    return _variants(ours, eager, student, teacher, settings, peer)
+
+
+def gram_row_l1(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """Probabilistic knowledge transfer (PKT)."""
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.relation(student, teacher, "gram_row_l1", similarity="cosine")
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        maps = [F.normalize(x, dim=-1) for x in (student, teacher)]
+        maps = [(x @ x.mT + 1) / 2 for x in maps]
+        q, p = (m / m.sum(-1, keepdim=True) for m in maps)
+        return (p * ((p + 1e-7) / (q + 1e-7)).log()).mean()
+
+    student, teacher = make_tokens(shape, settings.device)
+    peer = relation_peers.probabilistic_transfer()
+    return _variants(ours, eager, student, teacher, settings, peer)
+
+
+def distance(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """Relational knowledge distillation, distances."""
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.relation(student, teacher, "distance")
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        maps = []
+        for x in (student, teacher):
+            square = (x * x).sum(-1)
+            gaps = square[..., None] + square[..., None, :] - 2 * x @ x.mT
+            gaps = gaps.clamp(min=1e-12).sqrt() * (1 - torch.eye(x.shape[-2], device=x.device))
+            maps.append(gaps / (gaps.sum() / (gaps > 0).sum()))
+        return F.smooth_l1_loss(*maps)
+
+    student, teacher = make_tokens(shape, settings.device)
+    peer = relation_peers.relational(1.0, 0.0)
+    return _variants(ours, eager, student, teacher, settings, peer)
+
+
+def angle(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
+    """Relational knowledge distillation, angles: N^3 of them."""
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.relation(student, teacher, "angle")
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        units = [F.normalize(x[0][None] - x[0][:, None], dim=-1) for x in (student, teacher)]
+        return F.smooth_l1_loss(*(x @ x.mT for x in units))
+
+    student, teacher = make_tokens(shape, settings.device)
+    peer = relation_peers.relational(0.0, 1.0)
+    return _variants(ours, eager, student, teacher, settings, peer)
 
 
 def info_nce(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -162,7 +225,7 @@ def info_nce(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         return F.cross_entropy(logits, torch.arange(logits.shape[0], device=logits.device))
 
     student, teacher = make_tokens(shape, settings.device)
-    return _variants(ours, eager, student, teacher, settings.quick)
+    return _variants(ours, eager, student, teacher, settings)
 
 
 def plackett_luce(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -179,7 +242,7 @@ def plackett_luce(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         suffix = ordered.flip(-1).logcumsumexp(-1).flip(-1)
         return ((suffix - ordered) * weights).sum(-1).mean()
 
-    return _variants(ours, eager, student, teacher, settings.quick)
+    return _variants(ours, eager, student, teacher, settings)
 
 
 def feature_cosine(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -192,7 +255,7 @@ def feature_cosine(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
     student, teacher = make_tokens(shape, settings.device)
-    return _variants(ours, eager, student, teacher, settings.quick)
+    return _variants(ours, eager, student, teacher, settings)
 
 
 def feature_smooth_l1(shape: tuple[int, ...], settings: Settings) -> list[Variant]:
@@ -205,4 +268,4 @@ def feature_smooth_l1(shape: tuple[int, ...], settings: Settings) -> list[Varian
         return F.smooth_l1_loss(*(F.layer_norm(x, x.shape[-1:]) for x in (student, teacher)))
 
     student, teacher = make_tokens(shape, settings.device)
-    return _variants(ours, eager, student, teacher, settings.quick)
+    return _variants(ours, eager, student, teacher, settings)

@@ -104,8 +104,8 @@ void bind_relation(py::module_& m) {
       "relation_walk",
       [](const std::array<View, 6>& student, const std::array<View, 6>& teacher, View student_scale,
          View teacher_scale, View row_mask, View column_mask, View pair_mask, View pair_index,
-         View row_block, View column_block, View row_weight, View rows, bool symmetric,
-         int64_t parts, const py::tuple& spec) {
+         View row_block, View column_block, View row_weight, View norms, View means, View rows,
+         bool symmetric, int64_t parts, const py::tuple& spec) {
         RelationWalkArgs args;
         args.student = {student[0], student[1], student[2], student[3], student[4], student[5]};
         args.teacher = {teacher[0], teacher[1], teacher[2], teacher[3], teacher[4], teacher[5]};
@@ -120,6 +120,8 @@ void bind_relation(py::module_& m) {
         args.map.row_block = row_block;
         args.map.column_block = column_block;
         args.map.row_weight = row_weight;
+        args.map.norms = norms;
+        args.map.means = means;
         args.map.rows = rows;
         args.map.spec = relation_spec_from(spec);
         py::gil_scoped_release release;

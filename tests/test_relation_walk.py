@@ -82,6 +82,21 @@ def test_symmetric_maps(walk, kind):
     same(walk, tokens(3, 130, 24), tokens(3, 130, 9), kind, teacher_grad=True, parts=2, **options)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_distances(walk, masked):
+    student, teacher = tokens(2, 140, 24), tokens(2, 140, 9)
+    options = {"mask": torch.rand(2, 140) < 0.6} if masked else {}
+    student[:, 3] = student[:, 7]  # duplicates carry no gradient
+    found = gradients(student, teacher, "distance", teacher_grad=True, **options)
+    assert len(walk) == 2 and all(call[-3] for call in walk)
+    wide = student.double(), teacher.double()
+    expected = gradients(*wide, "distance", teacher_grad=True, **options)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=0)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        bound = 1e-4 * float(theirs.abs().max())
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize("shape", [(131, 70), (70, 131), (64, 33), (1, 300), (300, 1)])
 def test_queries_and_keys(walk, shape):
     rows, columns = shape
@@ -168,7 +183,6 @@ def test_slow_instruction_sets_and_other_dtypes_walk_in_chunks(walk):
     with instruction_set("baseline"):
         kd.relation(tokens(70, 8), tokens(70, 8))
     kd.relation(tokens(70, 8).double(), tokens(70, 8).double())
-    kd.relation(tokens(70, 8), tokens(70, 8), "distance")
     kd.relation(tokens(70, 8), tokens(70, 7))
     assert not walk
 
@@ -182,7 +196,7 @@ def test_bad_calls_are_named(walk):
 
     def call(student=(q, None, panels, None, None, None), teacher=None, parts=1, spec=spec):
         teacher = student if teacher is None else teacher
-        native(student, teacher, one, one, *(None,) * 7, out, False, parts, spec)
+        native(student, teacher, one, one, *(None,) * 9, out, False, parts, spec)
 
     call()
     with pytest.raises(ValueError, match="d a multiple of 16"):
@@ -195,5 +209,5 @@ def test_bad_calls_are_named(walk):
         call(parts=4)
     with pytest.raises(ValueError, match="student: expected a gradient"):
         call(spec=spec._replace(need_student=1.0))
-    with pytest.raises(ValueError, match="distances have no walk"):
+    with pytest.raises(ValueError, match="where symmetric"):
         call(spec=spec._replace(kind=13.0))

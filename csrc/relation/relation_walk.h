@@ -29,8 +29,8 @@ struct RelationWalkArgs {
   RelationWalkSide student, teacher;
   bool symmetric = false;  // without keys: the map of the gradients is its own transpose
   int64_t parts = 1;       // P, a graph's; no more than it has rows
-  // Scales, masks, blocks, row_weight, rows (H, N, kRelationRow) and spec of relation_rows; its
-  // products are not used.
+  // Scales, masks, blocks, row_weight, norms, means, rows (H, N, kRelationRow) and spec of
+  // relation_rows; its products are not used. Distance kinds: symmetric ones.
   RelationArgs map;
 };
 

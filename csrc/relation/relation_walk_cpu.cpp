@@ -1,5 +1,6 @@
 // The walk of relation_walk.h, compiled once per ISA.
 #include "common/parallel.h"
+#include "relation/relation_math.h"
 #include "relation/relation_walk_rows.h"
 #include "relation/tile_product.h"
 
@@ -25,6 +26,10 @@ RelationRows block_of(const RelationWalk& walk, int64_t h, int64_t first, int64_
     call.row_weight = static_cast<const float*>(call.row_weight) + h * call.row_weight_stride[0] +
                       first * call.row_weight_stride[1];
   }
+  if (call.norms != nullptr) {
+    call.norms = static_cast<const float*>(call.norms) + h * call.norms_stride[1];
+  }
+  if (call.means != nullptr) call.means += h * call.means_stride[0];
   RelationSelection& s = call.selection;
   s.first_row += first;
   if (s.row_mask != nullptr) s.row_mask += h * s.row_stride[0] + first * s.row_stride[1];
@@ -59,11 +64,23 @@ void gradients(const RelationWalk& walk, const Side& side, int64_t h, int64_t pa
   const int64_t d = side.width;
   const float* k = side.k + h * walk.columns * d;
   if (side.dk == nullptr) {  // symmetric: the keys' share is the queries'
-    float* to = side.dq + (h * walk.rows + first) * d;
+    const int64_t row = h * walk.rows + first;
+    float* to = side.dq + row * d;
     clear(to, rows * d);
     inner<false>(slopes, walk.stride, k, columns, d, to, rows);
-    for (int64_t i = 0; i < rows * d; i += VecF::kLanes)
-      store(to + i, VecF(2.0f) * VecF::load(to + i));
+    const int weight = &side == &walk.student ? kRowWeightS : kRowWeightT;
+    for (int64_t r = 0; r < rows; ++r) {
+      // Distances: the slopes are weights W of differences, sum_j W_ij (x_i - x_j).
+      const bool distance = relation::is_distance(walk.map.kind);
+      const double* report = walk.map.rows + (row + r) * kRelationRow;
+      const VecF own(distance ? static_cast<float>(report[weight]) : 0.0f);
+      const VecF factor(distance ? -2.0f : 2.0f);
+      const float* x = side.q + (row + r) * d;
+      for (int64_t i = 0; i < d; i += VecF::kLanes) {
+        const VecF sum = VecF::load(to + r * d + i) - own * VecF::load(x + i);
+        store(to + r * d + i, factor * sum);
+      }
+    }
     return;
   }
   float* const keys = keys_of(walk, side, h, part);

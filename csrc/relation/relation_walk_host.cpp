@@ -85,8 +85,9 @@ void relation_walk(const RelationWalkArgs& args) {
   KD_CHECK(args.parts >= 1 && args.parts <= std::max<int64_t>(walk.rows, 1),
            "parts: expected 1 to ", walk.rows, ", got ", args.parts);
 
-  KD_CHECK(!relation::is_distance(static_cast<RelationKind>(static_cast<int>(args.map.spec.kind))),
-           "kind: distances have no walk in blocks");
+  const bool distance =
+      relation::is_distance(static_cast<RelationKind>(static_cast<int>(args.map.spec.kind)));
+  KD_CHECK(!distance || args.symmetric, "kind: distances are walked in blocks where symmetric");
 
   // The map's own arguments are checked as those of one chunk of all rows. It has no products: the
   // tokens stand where their address is asked for.
@@ -96,7 +97,7 @@ void relation_walk(const RelationWalkArgs& args) {
   map.student.stride[0] = walk.rows * walk.columns;
   map.student.stride[2] = 1;
   map.teacher = map.student;
-  map.pair_weight = map.pair_value = map.norms = map.means = View();
+  map.pair_weight = map.pair_value = View();
   walk.map = resolve_relation_inline(map);
 
   walk.student = resolve_side(args.student, "student", walk.graphs, walk.rows, walk.columns,

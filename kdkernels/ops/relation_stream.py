@@ -286,18 +286,13 @@ def stream(
     if kind == "angle":
         return _angle(q_s, q_t, spec, selection, row_weight)
     if kind == "distance":
-        return _distance(q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight)
+        return _distance(backend, q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight)
     symmetric = (
-        k_s is None
-        and kind in R.ELEMENT_KINDS
-        and row_weight is None
+        kind in R.ELEMENT_KINDS
         and pair_weight is None
-        and selection.row_mask is selection.column_mask
-        and selection.pair_mask is None
-        and selection.row_block is selection.column_block
-        and not spec.causal
+        and _is_symmetric(k_s, spec, selection, row_weight)
     )
-    if pair_weight is None and not want_pairs and _takes_blocks(backend, kind, q_s, q_t):
+    if pair_weight is None and not want_pairs and _takes_blocks(backend, q_s, q_t):
         return _blocks(
             backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight,
             symmetric,
@@ -325,6 +320,18 @@ def stream(
         None if teacher is None else teacher.dq,
         None if teacher is None or teacher.itself else teacher.dk,
         pairs,
+    )
+
+
+def _is_symmetric(k_s: Tensor | None, spec, selection: Selection, row_weight) -> bool:
+    """Whether entry (i, j) of a kind of pairs is entry (j, i), selection included."""
+    return (
+        k_s is None
+        and row_weight is None
+        and selection.row_mask is selection.column_mask
+        and selection.pair_mask is None
+        and selection.row_block is selection.column_block
+        and not spec.causal
     )
 
 
@@ -369,10 +376,10 @@ def _tiles(
     return Streamed(report, *gradients, None)
 
 
-def _takes_blocks(backend, kind: str, q_s: Tensor, q_t: Tensor | None) -> bool:
+def _takes_blocks(backend, q_s: Tensor, q_t: Tensor | None) -> bool:
     """Whether the walk in blocks serves: float32 on vectors with fused multiply-add, and tokens
     that are not mostly zeros once their width is a multiple of its unit."""
-    if not hasattr(backend, "relation_walk") or kind == "distance_sum":
+    if not hasattr(backend, "relation_walk"):
         return False
     if q_s.dtype != torch.float32 or backend.isa() == "baseline":
         return False
@@ -393,8 +400,11 @@ def _blocks(
     selection,
     row_weight,
     symmetric,
+    *,
+    norms=None,
+    means=None,
 ) -> Streamed:
-    """All kinds but distances, products included, by a kernel that keeps a block of rows cached."""
+    """A kernel that keeps a block of rows cached, products included; distances: symmetric ones."""
     need_s, need_t = bool(spec.need_student), bool(spec.need_teacher) and q_t is not None
     graphs, rows = q_s.shape[:2]
     columns = rows if k_s is None else k_s.shape[1]
@@ -427,6 +437,8 @@ def _blocks(
         scale_t,
         *selection,
         row_weight,
+        norms,
+        means,
         out,
         symmetric,
         parts,
@@ -455,45 +467,46 @@ def _squared_norms(q_s, k_s, q_t, k_t) -> Tensor:
     return out
 
 
-def _distance(q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight) -> Streamed:
+def _distance(backend, q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, row_weight):
     """Two walks: means of the distances and their gradient, then the values and theirs.
 
     The loss depends on the means, so its gradient is A - (H / mean^2 count) B: A from the second
     walk, B = d(sum of distances) from the first, and H a sum that the second knows at its end.
     """
-    need_s, need_t = bool(spec.need_student), bool(spec.need_teacher)
-    graphs, rows = q_s.shape[:2]
     norms = _squared_norms(q_s, k_s, q_t, k_t)
-    scales = (scale_s, scale_t)
-    first = _DistanceSide(q_s, k_s, need_s), _DistanceSide(q_t, k_t, need_t)
-    sums = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
-    _walk(*first, scales, "distance_sum", spec, selection, sums, norms=norms)
-    total = sums.sum(1)  # (H, ROW)
+    symmetric = _is_symmetric(k_s, spec, selection, row_weight)
+    blocks = symmetric and _takes_blocks(backend, q_s, q_t)
+
+    def walk(kind: str, means: Tensor | None = None) -> Streamed:
+        tokens = (q_s, k_s, q_t, k_t, scale_s, scale_t)
+        if blocks:
+            return _blocks(
+                backend, *tokens, kind, spec, selection, None, True, norms=norms, means=means
+            )
+        student = _DistanceSide(q_s, k_s, bool(spec.need_student))
+        teacher = _DistanceSide(q_t, k_t, bool(spec.need_teacher))
+        out = empty((*q_s.shape[:2], R.ROW), torch.float64, q_s.device)
+        scales = (scale_s, scale_t)
+        _walk(student, teacher, scales, kind, spec, selection, out, norms=norms, means=means)
+        gradients = (side.dq for side in (student, teacher))
+        keys = (None if side.itself else side.dk for side in (student, teacher))
+        dq_s, dq_t, dk_s, dk_t = *gradients, *keys
+        return Streamed(out, dq_s, dk_s, dq_t, dk_t, None)
+
+    first = walk("distance_sum")
+    total = first.rows.sum(1)  # (H, ROW)
     count = total[:, R.POSITIVE_S : R.POSITIVE_T + 1].clamp(min=1)
     means = (total[:, R.SUM_S : R.SUM_T + 1] / count).contiguous()
-    second = _DistanceSide(q_s, k_s, need_s), _DistanceSide(q_t, k_t, need_t)
-    out = empty((graphs, rows, R.ROW), torch.float64, q_s.device)
-    _walk(*second, scales, "distance", spec, selection, out, norms=norms, means=means)
+    second = walk("distance", means)
     squared = means.square() * count
-    slope = torch.where(squared > 0, out[..., R.SCALE_S : R.SCALE_T + 1].sum(1) / squared, 0.0)
-    for i, (a, b) in enumerate(zip(second, first)):
-        if a.dq is None:
-            continue
-        factor = slope[:, i, None, None].to(q_s.dtype)
-        a.dq -= factor * b.dq
-        if not a.itself:
-            a.dk -= factor * b.dk
-    student, teacher = second
+    along = second.rows[..., R.SCALE_S : R.SCALE_T + 1].sum(1)
+    slope = torch.where(squared > 0, along / squared, 0.0)
+    for i, (a, b) in enumerate(zip(second[1:5], first[1:5])):
+        if a is not None:
+            a -= slope[:, i // 2, None, None].to(q_s.dtype) * b
     # A distance has no scale.
-    out[..., R.SCALE_S : R.SCALE_T + 1] = 0.0
-    return Streamed(
-        out,
-        student.dq,
-        None if student.itself else student.dk,
-        teacher.dq,
-        None if teacher.itself else teacher.dk,
-        None,
-    )
+    second.rows[..., R.SCALE_S : R.SCALE_T + 1] = 0.0
+    return second
 
 
 def _unit_differences(x: Tensor, vertices: slice) -> tuple[Tensor, Tensor]:
