@@ -11,23 +11,27 @@ from .peers import Peer, import_peer
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # student, teacher (N, d) -> ()
 
 
-def _torchdistill(name: str, scale: float = 1.0, **options) -> Peer:
+def _torchdistill(name: str, note: str = "", **options) -> Peer:
     def load() -> Loss:
         criterion = getattr(import_peer("torchdistill.losses.mid_level"), name)(**options)
 
         def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
             sides = ({"x": {"output": x.reshape(-1, x.shape[-1])}} for x in (student, teacher))
-            return scale * criterion(*sides)
+            return criterion(*sides)
 
         return loss
 
-    return Peer(f"torchdistill {name}", load)
+    return Peer(f"torchdistill {name}", load, note, value_is_comparable=not note)
 
 
 def similarity_preserving() -> Peer:
-    """torchdistill: SPKDLoss, divided by N^2 as kd.relation(kind="gram_row_l2")."""
+    """torchdistill: SPKDLoss."""
     return _torchdistill(
-        "SPKDLoss", student_output_path="x", teacher_output_path="x", reduction="batchmean"
+        "SPKDLoss",
+        "divides the rows by their sums of absolute values, the paper by their Euclidean norms",
+        student_output_path="x",
+        teacher_output_path="x",
+        reduction="batchmean",
     )
 
 

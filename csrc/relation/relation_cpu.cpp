@@ -84,6 +84,47 @@ KD_LANES void each_vector(const Row<T>& row, const Fn& fn, const Flush& flush) {
   }
 }
 
+// 1 or 0 for each column of a row, and how many are 1: RelationSelection::entry condition by
+// condition, so that each loop is simple enough to run in lanes.
+template <class T>
+int64_t select_columns(const RelationSelection& from, int64_t h, int64_t r, int64_t columns,
+                       T* __restrict selected) {
+  const RelationSelection s = from;
+  for (int64_t j = 0; j < columns; ++j) selected[j] = T(1);
+  if (s.column_mask != nullptr) {
+    const uint8_t* __restrict mask = s.column_mask + h * s.column_stride[0];
+    const int64_t step = s.column_stride[1];
+    for (int64_t j = 0; j < columns; ++j) selected[j] = mask[j * step] != 0 ? T(1) : T(0);
+  }
+  if (s.pair_mask != nullptr) {
+    const int64_t p = s.pair_index == nullptr ? h : s.pair_index[h * s.index_stride];
+    const uint8_t* __restrict mask = s.pair_mask + p * s.pair_stride[0] + r * s.pair_stride[1];
+    if (s.pair_stride[2] == 1) {
+      for (int64_t j = 0; j < columns; ++j) selected[j] = mask[j] != 0 ? selected[j] : T(0);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        selected[j] = mask[j * s.pair_stride[2]] != 0 ? selected[j] : T(0);
+      }
+    }
+  }
+  const int64_t own = s.first_row + r + s.diagonal;
+  if (s.causal) {
+    for (int64_t j = own < 0 ? 0 : own + 1; j < columns; ++j) selected[j] = T(0);
+  }
+  if (s.exclude_diagonal && own >= 0 && own < columns) selected[own] = T(0);
+  if (s.row_block != nullptr) {
+    const int64_t mine = s.row_block[h * s.row_block_stride[0] + r * s.row_block_stride[1]];
+    const int64_t* __restrict blocks = s.column_block + h * s.column_block_stride[0];
+    const int64_t step = s.column_block_stride[1];
+    for (int64_t j = 0; j < columns; ++j) {
+      selected[j] = (blocks[j * step] == mine) == s.same_block ? selected[j] : T(0);
+    }
+  }
+  int64_t count = 0;
+  for (int64_t j = 0; j < columns; ++j) count += selected[j] != T(0);
+  return count;
+}
+
 template <class V>
 struct Similarities {
   V as, at;                // a of both sides; distances for the distance kinds
@@ -219,15 +260,15 @@ KD_LANES void run_row(const RelationRows& call, int64_t index) {
     count = call.columns;
     T* memory = fits ? reinterpret_cast<T*>(scratch(planes * length * sizeof(T))) : nullptr;
     if constexpr (kMasked) {
-      count = 0;
       if (fits) {
         row.selected = memory, memory += padded;
+        count = select_columns(call.selection, row.h, row.r, call.columns, row.selected);
         for (int64_t j = call.columns; j < padded; ++j) row.selected[j] = T(0);
-      }
-      for (int64_t j = 0; j < call.columns; ++j) {
-        const bool on = call.selection.entry(row.h, row.r, j);
-        count += on ? 1 : 0;
-        if (fits) row.selected[j] = on ? T(1) : T(0);
+      } else {
+        count = 0;
+        for (int64_t j = 0; j < call.columns; ++j) {
+          count += call.selection.entry(row.h, row.r, j) ? 1 : 0;
+        }
       }
     }
     if constexpr (relation::is_softmax(kKind)) {
