@@ -223,6 +223,34 @@ KD_DEVICE Step<T> apply_step(const DeviceProblem<T>& p, int done) {
   return s;
 }
 
+// All sweeps of a backward; sweep(step) goes over the rows, columns(g, g_before, first, fixed) over
+// the columns and returns the size of their adjoint. Both end with a barrier of all who take part.
+template <class T, class Rows, class Columns>
+KD_DEVICE void walk_back(const DeviceProblem<T>& p, int done, const Rows& sweep,
+                         const Columns& columns) {
+  const SinkhornData<T>& d = p.data;
+  sweep(start_step(p, done));
+  const auto mode = static_cast<GradientMode>(d.mode);
+  if (mode == GradientMode::kEnvelope) return;
+  if (mode == GradientMode::kImplicit) {
+    const int limit = d.iterations < 100 ? 100 : d.iterations;
+    const T precision = sizeof(T) == 8 ? T(1e-14) : T(1e-8);
+    T initial = T(0);
+    for (int round = 0; round < limit; ++round) {
+      const T size = columns(p.g_at(done - 1), nullptr, round == 0, true);
+      if (round == 0) initial = size;
+      sweep(round_of(p, done, round));
+      if (round > 0 && !(size > precision * initial)) break;
+    }
+    sweep(apply_step(p, done));
+    return;
+  }
+  for (int t = done - 1; t >= 0; --t) {
+    columns(p.g_at(t), t > 0 ? p.g_at(t - 1) : nullptr, t == done - 1, false);
+    sweep(step_of(p, done, t));
+  }
+}
+
 // Zeros: the gradients, and what accumulates. One block.
 template <class T>
 KD_DEVICE void clear_backward(const DeviceProblem<T>& p, bool live) {

@@ -267,6 +267,61 @@ def _fixed_point(p: _Problem, f: Tensor, g: Tensor):
     return solved[:, : f0.shape[1]], solved[:, f0.shape[1] :]
 
 
+# Annealed potentials. ---------------------------------------------------------------------------
+
+# (cloud of the rows, cloud of the columns, partner) of each side; the clouds are x and y.
+_SIDES = ((0, 1, 1), (1, 0, 0), (0, 0, 2), (1, 1, 3))
+
+
+def annealed(
+    x, y, log_a, log_b, costs, potentials, slopes, _workspace, epsilons, root, rho, need_x, need_y
+) -> None:
+    """Fill the potentials, and the slopes of the last update or the costs' places
+    (csrc/transport/transport.h)."""
+    clouds, logs = (x.double(), y.double()), (log_a.double(), log_b.double())
+    sides = _SIDES[: len(costs)]
+
+    def cost_of(side: int) -> Tensor:
+        if costs[side] is not None:
+            return costs[side].double()
+        square = differences(side).square().sum(1)
+        return square.clamp(min=1e-8).sqrt() if root else square / 2
+
+    def differences(side: int) -> Tensor:
+        own, other, _ = sides[side]
+        return clouds[own][:, :, :, None] - clouds[other][:, :, None, :]
+
+    def update(side: int, cost: Tensor, epsilon: float, phi: list[Tensor] | None):
+        """(D softmin, its weights)"""
+        _, other, partner = sides[side]
+        h = logs[other] if phi is None else logs[other] + phi[partner] / epsilon
+        x = h[:, None, :] - cost / epsilon
+        damping = 1.0 / (1.0 + epsilon / rho) if rho else 1.0
+        return -damping * epsilon * x.logsumexp(-1), damping * x.softmax(-1)
+
+    with torch.no_grad():
+        fixed = [cost_of(k) for k in range(len(sides))]
+        phi = [update(k, c, epsilons[0], None)[0] for k, c in enumerate(fixed)]
+        for epsilon in epsilons:
+            moved = [update(k, c, epsilon, phi)[0] for k, c in enumerate(fixed)]
+            phi = [(old + new) / 2 for old, new in zip(phi, moved, strict=True)]
+        end = 0
+        for side, (own, _, _) in enumerate(sides):
+            cost = fixed[side]
+            final, weights = update(side, cost, epsilons[-1], phi)
+            part = slice(end, end + final.shape[1])
+            end = part.stop
+            potentials[:, part] = final
+            if not (need_x, need_y)[own]:
+                continue
+            if root:  # the distance's derivative is the difference over it, 0 where clamped
+                weights = torch.where(cost > 1.000001e-4, weights / cost, 0.0)
+            if costs[side] is not None:
+                costs[side].copy_(weights)
+            elif slopes is not None:
+                slopes[:, :, part] = (weights[:, None] * differences(side)).sum(-1)
+
+
 # Sorted transport. ------------------------------------------------------------------------------
 
 

@@ -539,6 +539,11 @@ def sinkhorn_bwd(
             sweep(STEP, t)
 
 
+# The Sinkhorn divergence: composed. ----
+
+annealed = torch_transport.annealed
+
+
 # Sorted transport: torch's sort. ----------------------------------------------------------------
 
 sorted_workspace = torch_transport.sorted_workspace
