@@ -229,25 +229,24 @@ template <class T, class Rows, class Columns>
 KD_DEVICE void walk_back(const DeviceProblem<T>& p, int done, const Rows& sweep,
                          const Columns& columns) {
   const SinkhornData<T>& d = p.data;
-  sweep(start_step(p, done));
-  const auto mode = static_cast<GradientMode>(d.mode);
-  if (mode == GradientMode::kEnvelope) return;
-  if (mode == GradientMode::kImplicit) {
-    const int limit = d.iterations < 100 ? 100 : d.iterations;
-    const T precision = sizeof(T) == 8 ? T(1e-14) : T(1e-8);
-    T initial = T(0);
-    for (int round = 0; round < limit; ++round) {
-      const T size = columns(p.g_at(done - 1), nullptr, round == 0, true);
-      if (round == 0) initial = size;
-      sweep(round_of(p, done, round));
-      if (round > 0 && !(size > precision * initial)) break;
+  const bool implicit = d.mode == static_cast<int>(GradientMode::kImplicit);
+  const int limit = d.iterations < 100 ? 100 : d.iterations;
+  const T precision = sizeof(T) == 8 ? T(1e-14) : T(1e-8);
+  T size = T(0), initial = T(0);
+  Step<T> s = start_step(p, done);
+  for (int at = 0;; ++at) {  // one place that sweeps: several would each take registers
+    sweep(s);
+    if (d.mode == static_cast<int>(GradientMode::kEnvelope) || s.stage == Step<T>::kApply) return;
+    if (!implicit && at == done) return;
+    if (implicit && (at == limit || (at > 1 && !(size > precision * initial)))) {
+      s = apply_step(p, done);
+      continue;
     }
-    sweep(apply_step(p, done));
-    return;
-  }
-  for (int t = done - 1; t >= 0; --t) {
-    columns(p.g_at(t), t > 0 ? p.g_at(t - 1) : nullptr, t == done - 1, false);
-    sweep(step_of(p, done, t));
+    const int t = done - 1 - (implicit ? 0 : at);
+    const T* before = implicit || t == 0 ? nullptr : p.g_at(t - 1);
+    size = columns(p.g_at(t), before, at == 0, implicit);
+    if (at == 0) initial = size;
+    s = implicit ? round_of(p, done, at) : step_of(p, done, t);
   }
 }
 

@@ -541,7 +541,10 @@ def sinkhorn_bwd(
 
 # The Sinkhorn divergence: composed. ----
 
-annealed = torch_transport.annealed
+
+def annealed(x, *arguments) -> None:
+    """Fill the potentials and slopes (csrc/transport/transport.h) by torch, in x's precision."""
+    torch_transport.annealed_in(x.dtype, x, *arguments)
 
 
 # Sorted transport: torch's sort. ----------------------------------------------------------------
