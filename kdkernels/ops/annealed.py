@@ -152,7 +152,8 @@ def annealed(
     """The potentials of the sides, (B, N) and (B, M) in turn: two, or four with debias."""
     refuse_dual("sinkhorn_divergence", x, y)
     inside = functorch_active()  # there requires_grad says nothing
-    need_x, need_y = ((x.requires_grad or inside), (y.requires_grad or inside))
+    recording = torch.is_grad_enabled()
+    need_x, need_y = (inside or (recording and t.requires_grad) for t in (x, y))
     run = _FunctorchAnnealed.apply if inside else torch.ops.kdkernels.annealed.default
     potentials, _ = run(
         x, y, log_a.contiguous(), log_b.contiguous(), list(schedule.epsilons), schedule.root,
