@@ -175,6 +175,9 @@ def test_compile_functorch_and_refusals():
     (grad,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="sinkhorn_divergence has no second derivative"):
         grad.square().sum().backward()
+    logs = [torch.full(t.shape[:2], -2.0, dtype=t.dtype) for t in (x, y)]
+    numbers = ([1.0, 0.1], True, 0.5, True, True, True)
+    torch.library.opcheck(torch.ops.kdkernels.annealed.default, (leaf, y, *logs, *numbers))
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.vmap(lambda u: kd.sinkhorn_divergence(u, y[0], **options))(x)
     with torch.autograd.forward_ad.dual_level():
