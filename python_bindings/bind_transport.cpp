@@ -1,4 +1,5 @@
-// sinkhorn_fwd / _bwd and sorted_transport: tensors to views, numbers to structs, nothing else.
+// sinkhorn_fwd / _bwd, annealed and sorted_transport: tensors to views, numbers to structs, nothing
+// else.
 #include "bind.h"
 #include "common/check.h"
 #include "transport/transport.h"
@@ -130,6 +131,42 @@ void bind_transport(py::module_& m) {
         run(args, args.cost.device, KD_ON_CPU(sinkhorn_bwd), KD_ON_CUDA(sinkhorn_bwd));
       },
       "Gradients of cost and marginals from the stored scalings and the outputs' adjoints.");
+
+#if !defined(KDK_BUILD_SIMT)
+  m.def("marginals_fit",
+        [](View a, View b, View student_lengths, View teacher_lengths, bool balanced) {
+          return cpu::marginals_fit(a, b, student_lengths, teacher_lengths, balanced);
+        });
+#endif
+
+  m.def(
+      "annealed",
+      [](py::object x, View y, View log_a, View log_b, const py::tuple& costs, View potentials,
+         View slopes, View workspace, const py::tuple& epsilons, bool root, double rho, bool need_x,
+         bool need_y) {
+        AnnealedArgs args;
+        args.x = view_from(x.ptr());
+        args.stream = current_stream(x.ptr(), args.x);
+        args.y = y;
+        args.log_a = log_a;
+        args.log_b = log_b;
+        KD_CHECK(costs.size() == 2 || costs.size() == 4, "costs: expected of 2 or 4 sides, got ",
+                 costs.size());
+        args.debias = costs.size() == 4;
+        for (size_t side = 0; side < costs.size(); ++side) {
+          args.costs[side] = costs[side].cast<View>();
+        }
+        args.potentials = potentials;
+        args.slopes = slopes;
+        args.workspace = workspace;
+        for (const py::handle epsilon : epsilons) args.epsilons.push_back(epsilon.cast<double>());
+        args.root = root;
+        args.rho = rho;
+        args.need_x = need_x;
+        args.need_y = need_y;
+        run(args, args.x.device, KD_ON_CPU(annealed), KD_ON_CUDA(annealed));
+      },
+      "Annealed symmetric potentials between two clouds of points, and their slopes.");
 
   m.def(
       "sorted_transport",

@@ -16,6 +16,8 @@
 //   KD_ASSERT(condition)           always on in the emulator, on devices with KDK_DEVICE_ASSERT=1
 //   simt::launch(info, kernel, args...)   LaunchInfo{name, grid, block, shared_bytes, stream,
 //   shape} simt::launch(kernel, grid, block, shared_bytes, stream, args...)
+//   simt::launch_cooperative(info, kernel, args...)   all blocks at once, at most
+//   simt::resident_blocks(kernel, threads, shared_bytes); they meet in common/group_barrier.cuh
 //   simt::shuffle_xor/_down/_from  shuffles of whole structs
 //   simt::shared_memory_limit(), simt::multiprocessor_count()   of the current device
 //   kd::cp_async16 ..., kd::named_barrier_sync ..., kd::mma_m16n8k16 ...   see simt/tensor.h
@@ -28,7 +30,8 @@
 // accesses beyond any global or shared array, with UBSan misaligned vectors.
 //
 // What it cannot see: missing __threadfence or volatile, races between blocks (blocks run one after
-// another), most missing __syncwarp, performance, the error of fast maths. Not offered:
+// another, those of a cooperative launch in turns), most missing __syncwarp, performance, the error
+// of fast maths. Not offered:
 // __activemask, cooperative groups, clusters, TMA, wgmma (files that need those have a portable
 // twin).
 #pragma once

@@ -223,6 +223,33 @@ KD_DEVICE Step<T> apply_step(const DeviceProblem<T>& p, int done) {
   return s;
 }
 
+// All sweeps of a backward; sweep(step) goes over the rows, columns(g, g_before, first, fixed) over
+// the columns and returns the size of their adjoint. Both end with a barrier of all who take part.
+template <class T, class Rows, class Columns>
+KD_DEVICE void walk_back(const DeviceProblem<T>& p, int done, const Rows& sweep,
+                         const Columns& columns) {
+  const SinkhornData<T>& d = p.data;
+  const bool implicit = d.mode == static_cast<int>(GradientMode::kImplicit);
+  const int limit = d.iterations < 100 ? 100 : d.iterations;
+  const T precision = sizeof(T) == 8 ? T(1e-14) : T(1e-8);
+  T size = T(0), initial = T(0);
+  Step<T> s = start_step(p, done);
+  for (int at = 0;; ++at) {  // one place that sweeps: several would each take registers
+    sweep(s);
+    if (d.mode == static_cast<int>(GradientMode::kEnvelope) || s.stage == Step<T>::kApply) return;
+    if (!implicit && at == done) return;
+    if (implicit && (at == limit || (at > 1 && !(size > precision * initial)))) {
+      s = apply_step(p, done);
+      continue;
+    }
+    const int t = done - 1 - (implicit ? 0 : at);
+    const T* before = implicit || t == 0 ? nullptr : p.g_at(t - 1);
+    size = columns(p.g_at(t), before, at == 0, implicit);
+    if (at == 0) initial = size;
+    s = implicit ? round_of(p, done, at) : step_of(p, done, t);
+  }
+}
+
 // Zeros: the gradients, and what accumulates. One block.
 template <class T>
 KD_DEVICE void clear_backward(const DeviceProblem<T>& p, bool live) {

@@ -5,43 +5,12 @@
 
 #include "common/scalar.h"
 #include "common/simd.h"
+#include "transport/transport_lanes.h"
 #include "transport/transport_math.h"
 
 namespace kd {
 namespace KDK_ISA_NAMESPACE {
 namespace {
-
-// body(load, store, j, n): whole vectors first, then one partial one. load(p, fill) and store(p, v)
-// know which.
-template <class V>
-struct Whole {
-  int64_t j;
-  KD_LANES V load(const typename V::Scalar* p, typename V::Scalar) const { return V::load(p + j); }
-  KD_LANES void save(typename V::Scalar* p, V v) const { store(p + j, v); }
-  // Lanes that do not exist must not reach a maximum or a sum.
-  KD_LANES V keep(V v, typename V::Scalar) const { return v; }
-};
-
-template <class V>
-struct Tail {
-  int64_t j, n;
-  KD_LANES V load(const typename V::Scalar* p, typename V::Scalar fill) const {
-    return V::load_partial(p + j, n, fill);
-  }
-  KD_LANES void save(typename V::Scalar* p, V v) const { store_partial(p + j, v, n); }
-  KD_LANES V keep(V v, typename V::Scalar fill) const {
-    return select(V::Mask::first(n), v, V(fill));
-  }
-};
-
-template <class V, class Body>
-KD_LANES void for_lanes(int64_t count, const Body& body) {
-  int64_t j = 0;
-  for (; j + V::kLanes <= count; j += V::kLanes) body(Whole<V>{j});
-  if (j < count) body(Tail<V>{j, count - j});
-}
-
-#define KD_BODY [&](auto at) __attribute__((always_inline))
 
 // ---- forward -----------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 // Sinkhorn on the GPU, the part that both ways of launching share: a warp solves a row, a thread
-// updates a column. One block may own a problem and run every iteration, or a grid is launched for
-// each half-iteration of large problems; the sums are taken in the same order either way.
+// updates a column. One block owns a problem and runs every iteration, or a group of blocks does.
 #pragma once
 
 #include "common/reduce.cuh"
@@ -13,6 +12,8 @@ namespace kd::cuda {
 // Rows of a large problem are cut into at most kTiles tiles, whatever the device.
 constexpr int kTiles = 256;
 constexpr int kWarps = 8;  // a block
+// Elements of scratch that hold a group's barrier counter.
+constexpr int kCounterSize = 4;
 
 // Everything a kernel needs, as plain pointers. Optional ones are null.
 template <class T>
@@ -66,9 +67,10 @@ struct DeviceProblem {
   // Scratch: forward and backward use the same places.
   T *log_v, *w, *q, *r, *w_sum;           // (m)
   T *log_u, *alpha, *z_sum, *row_linear;  // (n)
-  T* errors;                              // (2, column_blocks)
+  T* errors;                              // (column_blocks)
   T* partial;                             // (tiles, m)
   T* sums;                                // (tiles, m), backward only
+  unsigned* counter;                      // of a group's barrier
 
   KD_DEVICE DeviceProblem(const SinkhornData<T>& data, int64_t index) : data(data), index(index) {
     int64_t rows = data.rows, columns = data.columns;
@@ -97,9 +99,10 @@ struct DeviceProblem {
     alpha = take(data.rows);
     z_sum = take(data.rows);
     row_linear = take(data.rows);
-    errors = take(2 * column_blocks(data.columns));
+    errors = take(column_blocks(data.columns));
     partial = take(data.columns * tile_count(data.rows));
     sums = take(data.columns * tile_count(data.rows));
+    counter = reinterpret_cast<unsigned*>(take(kCounterSize));
   }
 
   KD_DEVICE bool empty() const { return n == 0 || m == 0; }

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 16;
 // Entries of a block of rows: a barrier of two threads costs about as much as 2^14 of them.
-constexpr int64_t kBlockEntries = int64_t{1} << 17;
+constexpr int64_t kBlockEntries = int64_t{1} << 15;
 
 template <class T>
 const SinkhornTable<T>* table() {

@@ -24,6 +24,8 @@
 // adjoint has converged (the derivative of the fixed point); envelope is Cbar = linear_bar P alone.
 #pragma once
 
+#include <vector>
+
 #include "common/view.h"
 
 namespace kd {
@@ -84,12 +86,61 @@ namespace cpu {
 int64_t sinkhorn_workspace(int64_t rows, int64_t columns);
 void sinkhorn_fwd(const SinkhornArgs& args);
 void sinkhorn_bwd(const SinkhornArgs& args);
+
+// Whether nothing is wrong with marginals (B, N) and (B, M), each or none (then uniform): finite,
+// not negative, and where `balanced` of the same mass to 1e-3. Looks at nothing beyond the lengths.
+bool marginals_fit(const View& a, const View& b, const View& student_lengths,
+                   const View& teacher_lengths, bool balanced);
 }  // namespace cpu
 
 namespace cuda {  // also the host emulation of the same kernels, on CPU memory
 int64_t sinkhorn_workspace(int64_t rows, int64_t columns);
 void sinkhorn_fwd(const SinkhornArgs& args);
 void sinkhorn_bwd(const SinkhornArgs& args);
+}  // namespace cuda
+
+// Annealed potentials, the inside of the Sinkhorn divergence between two clouds of points. A side
+// has rows, columns with weights w, and a partner whose potential stands on the columns:
+//
+//   side 0: x against y, partner 1      side 2: x against x, its own partner
+//   side 1: y against x, partner 0      side 3: y against y, its own partner   (2, 3: `debias`)
+//
+// With C = |x - y|^2 / 2 or sqrt(max(|x - y|^2, 1e-8)), D = 1 / (1 + epsilon / rho) and
+// softmin(h)_i = -epsilon log sum_j exp(h_j - C_ij / epsilon), all sides at once:
+//
+//   start                 phi = D softmin(log w)
+//   each epsilon          phi <- (phi + D softmin(log w + phi_partner / epsilon)) / 2
+//   at the last one       phi <- D softmin(log w + phi_partner / epsilon)
+//
+// The last update alone carries the gradient: dphi_i / dx_i = D sum_j P_ij dC_ij / dx_i, where P
+// are the softmin's weights.
+struct AnnealedArgs {
+  // float32 or float64 alike (the compute dtype), contiguous.
+  View x;      // (B, d, N): coordinates first
+  View y;      // (B, d, M)
+  View log_a;  // (B, N) natural logarithms of the weights
+  View log_b;  // (B, M)
+  // The sides' costs (B, rows, columns), or none: made from the points at each use, for up to
+  // kMostCoordinates of them.
+  View costs[4];
+  View potentials;  // (B, S): the sides one behind the other, S = N + M, twice with debias
+  View slopes;      // (B, d, S): dphi_i / dx_i, or none. With costs: none, see `weights`
+  View workspace;   // (2, B, S)
+  std::vector<double> epsilons;
+  bool root = false;  // C is the distance
+  bool debias = true;
+  // Of which points derivatives are wanted: slopes of their sides, or with costs, in the costs'
+  // place, D P_ij (over C_ij for the distance, 0 where it is clamped).
+  bool need_x = false, need_y = false;
+  double rho = 0;  // 0: balanced
+  void* stream = nullptr;
+};
+
+namespace cpu {
+void annealed(const AnnealedArgs& args);
+}  // namespace cpu
+namespace cuda {
+void annealed(const AnnealedArgs& args);
 }  // namespace cuda
 
 // Sorted transport. For each row, with p = cs softmax(z / tau_s) and q = ct softmax(a / tau_t), the

@@ -52,6 +52,20 @@ KD_HOST_DEVICE F corrected_ratio(F log_rho, F damping, F denominator, F sum) {
   return abs(near - F(1)) < F(0.015625) ? ratio / near : ratio;
 }
 
+// Squared distances below this are it: the distance's derivative ends there, at its root. Given
+// costs may come from a root that rounds up.
+constexpr double kLeastSquare = 1e-8;
+constexpr double kLeastDistance = 1.000001e-4;
+
+// Points of more coordinates come with their costs.
+constexpr int64_t kMostCoordinates = 16;
+
+// D softmin from the sum of 2^(x_j + base) over the columns; per_k = epsilon ln 2.
+template <class F>
+KD_HOST_DEVICE F softmin(F sum, F base, F per_k, F damping) {
+  return damping * per_k * (base - log2(sum));
+}
+
 // Order-preserving map of a float's bits: larger float, SMALLER key (sorted ascending = descending
 // floats). -0 counts as +0, NaN sorts behind everything.
 KD_HOST_DEVICE uint32_t descending_key(float x) {

@@ -21,9 +21,11 @@ if not isinstance(_C, str):
     graph_nodes_fwd = _C.graph_nodes_fwd
     graph_nodes_bwd = _C.graph_nodes_bwd
     assignment = _C.assignment
+    marginals_fit = _C.marginals_fit
     sinkhorn_workspace = _C.sinkhorn_workspace
     sinkhorn_fwd = _C.sinkhorn_fwd
     sinkhorn_bwd = _C.sinkhorn_bwd
+    annealed = _C.annealed
     sorted_workspace = _C.sorted_workspace
     sorted_transport = _C.sorted_transport
     relation_rows = _C.relation_rows

@@ -38,6 +38,7 @@ if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     sinkhorn_workspace = _C.sinkhorn_workspace
     sinkhorn_fwd = _C.sinkhorn_fwd
     sinkhorn_bwd = _C.sinkhorn_bwd
+    annealed = _C.annealed
     sorted_workspace = _C.sorted_workspace
     sorted_transport = _C.sorted_transport
     relation_rows = _C.relation_rows

@@ -32,5 +32,6 @@ if not isinstance(_simt, str):
     sinkhorn_workspace = _simt.sinkhorn_workspace
     sinkhorn_fwd = _simt.sinkhorn_fwd
     sinkhorn_bwd = _simt.sinkhorn_bwd
+    annealed = _simt.annealed
     sorted_workspace = _simt.sorted_workspace
     sorted_transport = _simt.sorted_transport

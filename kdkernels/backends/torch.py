@@ -15,6 +15,7 @@ from . import spec as S
 from .spec import DivergenceSpec
 from .torch_gromov import assignment, graph_nodes_bwd, graph_nodes_fwd  # noqa: F401
 from .torch_transport import (  # noqa: F401
+    annealed,
     sinkhorn_bwd,
     sinkhorn_fwd,
     sinkhorn_workspace,

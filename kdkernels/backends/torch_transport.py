@@ -267,6 +267,75 @@ def _fixed_point(p: _Problem, f: Tensor, g: Tensor):
     return solved[:, : f0.shape[1]], solved[:, f0.shape[1] :]
 
 
+# Annealed potentials. ---------------------------------------------------------------------------
+
+# (cloud of the rows, cloud of the columns, partner) of each side; the clouds are x and y.
+_SIDES = ((0, 1, 1), (1, 0, 0), (0, 0, 2), (1, 1, 3))
+
+
+def annealed(*arguments) -> None:
+    """Fill the potentials, and the slopes of the last update or the costs' places
+    (csrc/transport/transport.h)."""
+    annealed_in(torch.float64, *arguments)
+
+
+@torch.no_grad()
+def annealed_in(
+    dtype, x, y, log_a, log_b, costs, potentials, slopes, _workspace, epsilons, root, rho, need_x,
+    need_y,
+) -> None:  # fmt: skip
+    """`annealed` in the given precision; one matrix a side."""
+    clouds, logs = (x.to(dtype), y.to(dtype)), (log_a.to(dtype), log_b.to(dtype))
+    sides = _SIDES[: len(costs)]
+
+    def differences(side: int, c: int) -> Tensor:
+        own, other, _ = sides[side]
+        return clouds[own][:, c, :, None] - clouds[other][:, c, None, :]
+
+    def cost_of(side: int) -> Tensor:
+        if costs[side] is not None:
+            return costs[side].to(dtype)
+        square = differences(side, 0).square()
+        for c in range(1, x.shape[1]):
+            square += differences(side, c).square()
+        return square.clamp(min=1e-8).sqrt() if root else square / 2
+
+    def exponents(side: int, cost: Tensor, epsilon: float, phi: list[Tensor] | None) -> Tensor:
+        _, other, partner = sides[side]
+        h = logs[other] if phi is None else logs[other] + phi[partner] / epsilon
+        return h[:, None, :] - cost / epsilon
+
+    def damping(epsilon: float) -> float:
+        return 1.0 / (1.0 + epsilon / rho) if rho else 1.0
+
+    def softmin(side: int, cost: Tensor, epsilon: float, phi: list[Tensor] | None) -> Tensor:
+        return -damping(epsilon) * epsilon * exponents(side, cost, epsilon, phi).logsumexp(-1)
+
+    fixed = [cost_of(k) for k in range(len(sides))]
+    phi = [softmin(k, c, epsilons[0], None) for k, c in enumerate(fixed)]
+    for epsilon in epsilons:
+        moved = [softmin(k, c, epsilon, phi) for k, c in enumerate(fixed)]
+        phi = [(old + new) / 2 for old, new in zip(phi, moved, strict=True)]
+    end = 0
+    for side, (own, _, _) in enumerate(sides):
+        cost = fixed[side]
+        final = softmin(side, cost, epsilons[-1], phi)
+        part = slice(end, end + final.shape[1])
+        end = part.stop
+        potentials[:, part] = final
+        if not (need_x, need_y)[own]:
+            continue
+        weights = exponents(side, cost, epsilons[-1], phi).softmax(-1)
+        weights *= damping(epsilons[-1])
+        if root:  # the distance's derivative is the difference over it, 0 where clamped
+            weights = torch.where(cost > 1.000001e-4, weights / cost, 0.0)
+        if costs[side] is not None:
+            costs[side].copy_(weights)
+        elif slopes is not None:
+            for c in range(x.shape[1]):
+                slopes[:, c, part] = (weights * differences(side, c)).sum(-1)
+
+
 # Sorted transport. ------------------------------------------------------------------------------
 
 

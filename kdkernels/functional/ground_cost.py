@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-COSTS = ("sqeuclidean", "euclidean", "cosine", "l1", "dot_softmax")
+from ..ops.clouds import square_distance
 
-# Below this many differences the points are subtracted, which loses nothing to cancellation.
-_DIRECT = 1 << 20
+COSTS = ("sqeuclidean", "euclidean", "cosine", "l1", "dot_softmax")
 
 
 def ground_cost(
@@ -67,16 +66,6 @@ def _named_cost(x: Tensor, y: Tensor, cost: str, teacher_lengths: Tensor | None)
         inside = torch.arange(y.shape[-2], device=y.device) < teacher_lengths.reshape(-1, 1)
         scores = scores.masked_fill(~inside[:, None, :], torch.finfo(x.dtype).min)
     return 1.0 - scores.softmax(-1)
-
-
-def square_distance(x: Tensor, y: Tensor) -> Tensor:
-    """||x - y||^2, by a GEMM on centred points where they are many."""
-    if x.shape[-2] * y.numel() <= _DIRECT:
-        return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
-    centre = y.detach().mean(-2, keepdim=True)
-    x, y = x - centre, y - centre
-    squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
-    return (squares - 2.0 * (x @ y.transpose(-1, -2))).clamp(min=0.0)
 
 
 def _root(square: Tensor) -> Tensor:

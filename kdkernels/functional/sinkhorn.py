@@ -11,9 +11,21 @@ from torch import Tensor
 from ..backends.registry import settings
 from ..backends.transport_spec import GRADIENTS, SinkhornSpec
 from ..ops import shared_cost
-from ..ops import transport as ops
-from .checks import check_floats, check_number
+from ..ops import sinkhorn as ops
+from .checks import check_floats, check_number, may_look
 from .ground_cost import ground_cost
+from .sinkhorn_inputs import (
+    at_least_zero,
+    batch_of,
+    check_finite,
+    check_marginals,
+    marginals_fit,
+    parse_lengths,
+    parse_marginal,
+    parse_reach,
+    refuse_nan,
+    uniform,
+)
 
 _VALUES = ("sharp", "regularized", "dual")
 _ORDERS = ("rows", "columns")
@@ -90,8 +102,8 @@ def sinkhorn(
         raise TypeError(f"iterations: expected an int, got {type(iterations).__name__}")
     if iterations < 1:
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
-    tolerance = _at_least_zero(tolerance, "tolerance")
-    denominator = _at_least_zero(denominator, "denominator")
+    tolerance = at_least_zero(tolerance, "tolerance")
+    denominator = at_least_zero(denominator, "denominator")
     if order not in _ORDERS:
         raise ValueError(f"order: expected 'rows' or 'columns', got {order!r}")
     if value not in _VALUES:
@@ -103,30 +115,33 @@ def sinkhorn(
             "gradient: 'envelope' is not the derivative of value 'sharp'; use 'unrolled' or "
             "'implicit', or value 'regularized' or 'dual'"
         )
-    reach_a, reach_b = _reach(reach)
+    reach_a, reach_b = parse_reach(reach)
 
     dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
-    batch, single = _batch(cost, a, b, student_lengths, teacher_lengths)
-    dense = cost.to(dtype)
+    batch, single = batch_of(cost, a, b, student_lengths, teacher_lengths)
+    dense = cost if cost.dtype == dtype else cost.to(dtype)
     if dense.stride(-1) != 1 and dense.shape[-1] > 1:
         dense = dense.contiguous()
-    dense = dense.expand(batch, *cost.shape[-2:])
-    rows, columns = cost.shape[-2:]
-    student_lengths = _lengths(student_lengths, "student_lengths", batch, rows, cost)
-    teacher_lengths = _lengths(teacher_lengths, "teacher_lengths", batch, columns, cost)
-    a = _marginal(a, "a", batch, rows, cost, dtype)
-    b = _marginal(b, "b", batch, columns, cost, dtype)
-    if value != "sharp" or (a is None) != (b is None):
-        # The value's formula, and the look at the marginals, want them in full.
-        a = _uniform(batch, rows, student_lengths, dense) if a is None else a
-        b = _uniform(batch, columns, teacher_lengths, dense) if b is None else b
+    if dense.dim() == 2:
+        dense = dense.expand(batch, *cost.shape)
+    rows, columns = dense.shape[-2:]
+    ragged = student_lengths is not None or teacher_lengths is not None
+    if ragged:
+        student_lengths = parse_lengths(student_lengths, "student_lengths", batch, rows, cost)
+        teacher_lengths = parse_lengths(teacher_lengths, "teacher_lengths", batch, columns, cost)
+    a = parse_marginal(a, "a", batch, rows, cost, dtype)
+    b = parse_marginal(b, "b", batch, columns, cost, dtype)
+    balanced = reach_a is None and reach_b is None
     bad = None
-    if a is not None and b is not None:
-        a, b, bad = _check_marginals(
-            a, b, student_lengths, teacher_lengths, balanced=reach_a is None and reach_b is None
-        )
+    fits = marginals_fit(dense, a, b, student_lengths, teacher_lengths, balanced=balanced)
+    if not fits or value != "sharp":
+        # The value's formula, and the look at the marginals, want them in full.
+        a = uniform(batch, rows, student_lengths, dense) if a is None else a
+        b = uniform(batch, columns, teacher_lengths, dense) if b is None else b
+        if not fits or ragged:
+            a, b, bad = check_marginals(a, b, student_lengths, teacher_lengths, balanced=balanced)
     if not torch.compiler.is_compiling() and settings().debug:
-        _check_finite(dense, student_lengths, teacher_lengths)
+        check_finite(dense, student_lengths, teacher_lengths)
 
     spec = SinkhornSpec(
         epsilon=epsilon,
@@ -143,22 +158,24 @@ def sinkhorn(
     )
     problem = (dense, a, b, student_lengths, teacher_lengths)
     if _gemm_serves(cost, batch, spec, value, gradient, return_plan or return_potentials, problem):
-        a = _uniform(batch, rows, None, dense) if a is None else a
-        b = _uniform(batch, columns, None, dense) if b is None else b
+        a = uniform(batch, rows, None, dense) if a is None else a
+        b = uniform(batch, columns, None, dense) if b is None else b
         return shared_cost.SharedSinkhorn.apply(cost.to(dtype), a, b, spec)
-    by_envelope = value != "sharp" and gradient != "unrolled"
-    if by_envelope:
+    if value != "sharp" and gradient != "unrolled":
         out, solution = _envelope_value(problem, spec, value, (reach_a, reach_b), return_plan)
         if return_plan and gradient == "implicit" and differentiable:
-            solution = ops.sinkhorn(*problem, spec, keep=False, linear=False, sums=False, plan=True)
+            wanted = ops.Wanted(plan=True, potentials=return_potentials)
+            solution = ops.sinkhorn(*problem, spec, keep=False, wanted=wanted)
     else:
-        solution = ops.sinkhorn(
-            *problem,
-            spec,
-            keep=differentiable and gradient == "unrolled",
+        wanted = ops.Wanted(
             linear=value == "sharp",
             sums=value == "regularized" or (value == "dual" and reach is not None),
             plan=return_plan,
+            potentials=return_potentials or value != "sharp",
+        )
+        keep = differentiable and gradient == "unrolled"
+        solution = ops.sinkhorn(
+            *problem, spec, keep=keep, wanted=wanted, differentiable=differentiable
         )
         if value == "sharp":
             out = solution.linear
@@ -166,18 +183,18 @@ def sinkhorn(
             out = _value(value, problem, solution, epsilon, reach_a, reach_b)
     if bad is not None:
         out = torch.where(bad, torch.nan, out)
-    _refuse_nan(out, dense, student_lengths, teacher_lengths)
+    refuse_nan(out, dense, student_lengths, teacher_lengths)
+
+    def finished(part: Tensor) -> Tensor:
+        part = part.detach() if gradient == "envelope" else part
+        return part[0] if single else part
 
     results = [out[0] if single else out]
-    plan, f, g = solution.plan, solution.f, solution.g
-    if gradient == "envelope":
-        plan, f, g = plan.detach(), f.detach(), g.detach()
     if return_plan:
-        results.append(plan[0] if single else plan)
+        results.append(finished(solution.plan))
     if return_potentials:
         unit = epsilon * math.log(2.0)
-        pair = (f * unit, g * unit)
-        results.append((pair[0][0], pair[1][0]) if single else pair)
+        results.append((finished(solution.f * unit), finished(solution.g * unit)))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -257,144 +274,6 @@ def _group_log_sum(log_q: Tensor, group) -> Tensor:
     return total.log() + top
 
 
-def _at_least_zero(number, argument: str) -> float:
-    number = check_number(number, argument)
-    if number < 0:
-        raise ValueError(f"{argument}: expected a number >= 0, got {number!r}")
-    return number
-
-
-def _reach(reach) -> tuple[float | None, float | None]:
-    if reach is None:
-        return None, None
-    pair = tuple(reach) if isinstance(reach, (tuple, list)) else (reach, reach)
-    if len(pair) != 2:
-        raise ValueError(f"reach: expected a number or a pair, got {len(pair)} of them")
-    return tuple(None if r is None else check_number(r, "reach", positive=True) for r in pair)
-
-
-def _batch(cost, a, b, student_lengths, teacher_lengths) -> tuple[int, bool]:
-    """(number of problems, whether the caller passed a single one)."""
-    if cost.dim() == 3:
-        return cost.shape[0], False
-    for tensor, rank in ((a, 2), (b, 2), (student_lengths, 1), (teacher_lengths, 1)):
-        if isinstance(tensor, Tensor) and tensor.dim() == rank:
-            return tensor.shape[0], False
-    return 1, True
-
-
-def _marginal(given, argument: str, batch: int, size: int, cost: Tensor, dtype) -> Tensor | None:
-    """(B, size) of the compute dtype, last stride 1; None stays None."""
-    if given is None:
-        return None
-    check_floats(given, argument)
-    if given.device != cost.device:
-        raise ValueError(
-            f"{argument}: expected a tensor on {cost.device} like the cost, got {given.device}"
-        )
-    if given.shape not in ((size,), (batch, size)):
-        raise ValueError(
-            f"{argument}: expected shape ({size},) or ({batch}, {size}), got {tuple(given.shape)}"
-        )
-    given = given.to(dtype)
-    if given.stride(-1) != 1 and size > 1:
-        given = given.contiguous()
-    return given.expand(batch, size)
-
-
-def _lengths(lengths, argument: str, batch: int, size: int, cost: Tensor) -> Tensor | None:
-    if lengths is None:
-        return None
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{argument}: expected a tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{argument}: expected int64, got {lengths.dtype}")
-    if lengths.device != cost.device:
-        raise ValueError(
-            f"{argument}: expected a tensor on {cost.device} like the cost, got {lengths.device}"
-        )
-    if lengths.shape not in ((), (batch,)):
-        raise ValueError(f"{argument}: expected shape ({batch},), got {tuple(lengths.shape)}")
-    lengths = lengths.to(torch.int64).expand(batch).contiguous()
-    if _may_look(lengths) and lengths.numel():
-        low, high = (int(x) for x in torch.aminmax(lengths))
-        if low < 0 or high > size:
-            raise ValueError(f"{argument}: expected 0 to {size}, got {low} to {high}")
-    return lengths
-
-
-def _may_look(tensor: Tensor) -> bool:
-    """Whether reading data costs no synchronisation, or the caller asked for it."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return tensor.device.type == "cpu" or settings().debug
-
-
-def _inside(size: int, lengths: Tensor | None, like: Tensor) -> Tensor | None:
-    """(B, size) bool, None for all."""
-    if lengths is None:
-        return None
-    return torch.arange(size, device=like.device) < lengths[:, None]
-
-
-def _uniform(batch: int, size: int, lengths: Tensor | None, like: Tensor) -> Tensor:
-    if lengths is None:
-        return like.new_full((batch, size), 1.0 / max(size, 1))
-    share = 1.0 / lengths.clamp(min=1).to(like.dtype)
-    return torch.where(_inside(size, lengths, like), share[:, None], 0.0)
-
-
-def _check_marginals(a, b, student_lengths, teacher_lengths, *, balanced: bool):
-    """The marginals with zeros beyond the lengths, and which problems are bad (None: looked)."""
-    inside_a = _inside(a.shape[1], student_lengths, a)
-    inside_b = _inside(b.shape[1], teacher_lengths, b)
-    a = a if inside_a is None else torch.where(inside_a, a, 0.0)
-    b = b if inside_b is None else torch.where(inside_b, b, 0.0)
-    plain_a, plain_b = a.detach(), b.detach()
-    mass_a, mass_b = plain_a.sum(-1), plain_b.sum(-1)
-    # Masses made in half precision differ by its rounding.
-    unequal = (mass_a - mass_b).abs() > 1e-3 * torch.maximum(mass_a, mass_b)
-    for lengths in (student_lengths, teacher_lengths):
-        if lengths is not None:  # an empty problem has no mass on that side
-            unequal = unequal & (lengths > 0)
-    if _may_look(a):
-        for argument, marginal in (("a", plain_a), ("b", plain_b)):
-            if not bool((marginal >= 0).all()) or bool(marginal.isinf().any()):
-                raise ValueError(
-                    f"{argument}: expected finite marginals >= 0, got {float(marginal.min())!r} to "
-                    f"{float(marginal.max())!r}"
-                )
-        if balanced and bool(unequal.any()):
-            index = int(unequal.nonzero()[0, 0])
-            raise ValueError(
-                f"b: expected the mass of a ({float(mass_a[index])!r}) without reach, got "
-                f"{float(mass_b[index])!r} in problem {index}"
-            )
-        return a, b, None
-    bad = ~((plain_a >= 0).all(-1) & (plain_b >= 0).all(-1) & (mass_a + mass_b).isfinite())
-    if balanced:
-        bad = bad | unequal
-    return torch.where(bad[:, None], 1.0, a), torch.where(bad[:, None], 1.0, b), bad
-
-
-def _check_finite(cost: Tensor, student_lengths, teacher_lengths) -> None:
-    """NaN inside a problem raises."""
-    nan = cost.detach().isnan()
-    for dim, lengths in ((1, student_lengths), (2, teacher_lengths)):
-        if lengths is not None:
-            inside = _inside(cost.shape[dim], lengths, cost)
-            nan = nan & (inside[:, :, None] if dim == 1 else inside[:, None, :])
-    if bool(nan.any()):
-        index = tuple(int(i) for i in nan.nonzero()[0])
-        raise ValueError(f"cost: contains NaN, first at {index}")
-
-
-def _refuse_nan(value: Tensor, cost: Tensor, student_lengths, teacher_lengths) -> None:
-    """A value that is NaN because the cost was: named, where data may be looked at."""
-    if _may_look(value) and bool(value.detach().isnan().any()):
-        _check_finite(cost, student_lengths, teacher_lengths)
-
-
 def _relative_entropy(sums: Tensor, marginal: Tensor) -> Tensor:
     """KL(sums, marginal) with mass terms, (B,)."""
     fine = (sums > 0) & (marginal > 0)
@@ -441,7 +320,7 @@ def _gemm_serves(cost, batch, spec, value, gradient, more, problem) -> bool:
         and student_lengths is None
         and teacher_lengths is None
         and cost.device.type == "cpu"
-        and _may_look(cost)
+        and may_look(cost)
         and settings().backend is None
         and shared_cost.fits(cost.to(problem[0].dtype), spec)
     )
@@ -451,10 +330,11 @@ def _envelope_value(problem, spec: SinkhornSpec, value: str, reach, want_plan: b
     """(value with the envelope's gradient, solution)."""
     cost, a, b, _, _ = problem
     spec = spec._replace(mode=float(GRADIENTS["envelope"]))
-    solution = ops.sinkhorn(*problem, spec, keep=False, linear=True, sums=True, plan=want_plan)
+    wanted = ops.Wanted(linear=True, sums=True, plan=want_plan, potentials=True)
+    solution = ops.sinkhorn(*problem, spec, keep=False, wanted=wanted)
     epsilon = spec.epsilon
     reach_a, reach_b = reach
-    plain = ops.Solution(*(t.detach() for t in solution))
+    plain = ops.Solution(*(None if t is None else t.detach() for t in solution))
     fixed = (cost, a.detach(), b.detach(), None, None)
     out = _value(value, fixed, plain, epsilon, reach_a, reach_b)
     # dC = P: the gradient of the linear cost in envelope mode.

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.annealed import Schedule, annealed
 from .checks import check_floats, check_number
-from .ground_cost import square_distance
 
 
 def sinkhorn_divergence(
@@ -42,7 +42,9 @@ def sinkhorn_divergence(
 
     Returns:
         A scalar, or [B] for batches. Gradients flow through the last half-step (envelope), as in
-        GeomLoss.
+        GeomLoss, and are made in the forward pass; they have no derivative of their own. Costs of
+        up to 16 coordinates are made where they are used, wider points take a matrix a pair of
+        clouds.
     """
     check_floats(x, "x")
     check_floats(y, "y")
@@ -72,34 +74,13 @@ def sinkhorn_divergence(
         diameter = _diameter(x, y)
     diameter = check_number(diameter, "diameter", positive=True)
 
-    cost_xy, cost_yx = _cloud_cost(x, y.detach(), p), _cloud_cost(y, x.detach(), p)
-    log_a, log_b = _log_weights(a), _log_weights(b)
-    pairs = [(cost_xy, log_b, 1), (cost_yx, log_a, 0)]
-    if debias:
-        pairs += [
-            (_cloud_cost(x, x.detach(), p), log_a, 2),
-            (_cloud_cost(y, y.detach(), p), log_b, 3),
-        ]
-    lengths = _annealing(p, diameter, blur, scaling)
-    with torch.no_grad():
-        plain = [(c.detach(), w, k) for c, w, k in pairs]
-        epsilon = lengths[0]
-        damping = _damping(epsilon, rho)
-        potentials = [damping * _softmin(epsilon, c, w) for c, w, _ in plain]
-        for epsilon in lengths:
-            damping = _damping(epsilon, rho)
-            moved = [
-                damping * _softmin(epsilon, c, w + potentials[k] / epsilon) for c, w, k in plain
-            ]
-            potentials = [(old + new) / 2 for old, new in zip(potentials, moved, strict=True)]
-    # The last half-step carries the gradient.
-    final = [
-        damping * _softmin(epsilon, c, (w + potentials[k] / epsilon).detach()) for c, w, k in pairs
-    ]
+    epsilons = _annealing(p, diameter, blur, scaling)
+    schedule = Schedule(tuple(epsilons), p == 1, rho or 0.0, debias)
+    final = annealed(x, y, _log_weights(a), _log_weights(b), schedule)
     if return_potentials:
         f, g = (final[0] - final[2], final[1] - final[3]) if debias else final
         return (f[0], g[0]) if single else (f, g)
-    value = _divergence(a, b, final, epsilon, rho, debias)
+    value = _divergence(a, b, final, epsilons[-1], rho, debias)
     return value[0] if single else value
 
 
@@ -130,26 +111,11 @@ def _diameter(x: Tensor, y: Tensor) -> float:
     return float((both.amax(0) - both.amin(0)).norm())
 
 
-def _cloud_cost(x: Tensor, y: Tensor, p: int) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        square = square_distance(x, y)
-    return square / 2 if p == 2 else square.clamp(min=1e-8).sqrt()
-
-
 def _annealing(p: int, diameter: float, blur: float, scaling: float) -> list[float]:
     """Epsilons from diameter^p down to blur^p, each end once more."""
     start, stop, step = p * math.log(diameter), p * math.log(blur), p * math.log(scaling)
     count = max(0, math.ceil((stop - start) / step))
     return [diameter**p, *(math.exp(start + i * step) for i in range(count)), blur**p]
-
-
-def _damping(epsilon: float, rho: float | None) -> float:
-    return 1.0 if rho is None else 1.0 / (1.0 + epsilon / rho)
-
-
-def _softmin(epsilon: float, cost: Tensor, log_weights: Tensor) -> Tensor:
-    """-epsilon log sum_j exp(log_weights_j - cost_ij / epsilon)."""
-    return -epsilon * (log_weights.unsqueeze(-2) - cost / epsilon).logsumexp(-1)
 
 
 def _divergence(a, b, final, epsilon: float, rho: float | None, debias: bool) -> Tensor:

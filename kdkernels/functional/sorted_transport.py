@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import transport as ops
+from ..ops import sorted_transport as ops
 from ..ops.common import functorch_active
 from .checks import check_floats, check_number, same_device
 

@@ -2,6 +2,7 @@
 #include <thread>
 
 #include "check.h"
+#include "common/group_barrier.cuh"
 #include "common/simt.h"
 
 namespace {
@@ -323,8 +324,79 @@ TEST(last_block_pattern) {
   });
 }
 
+// ---- cooperative launches ----------------------------------------------------------------------
+
+// In every round each block of a group (blockIdx.x) writes its number and adds up everybody's;
+// group y ends after `rounds` - y rounds.
+template <bool kBarrier>
+__global__ void exchange_kernel(unsigned* counters, int* boxes, int* out, int rounds) {
+  kd::GroupBarrier barrier(counters + blockIdx.y, gridDim.x);
+  const int blocks = gridDim.x, group = blockIdx.y;
+  int* const box = boxes + group * blocks;
+  for (int round = 0; round < rounds - group; ++round) {
+    if (threadIdx.x == 40) box[blockIdx.x] = round * 10 + static_cast<int>(blockIdx.x);
+    if (kBarrier) barrier.wait();
+    int sum = 0;
+    for (int i = 0; i < blocks; ++i) sum += box[i];
+    if (threadIdx.x == 3) out[(group * rounds + round) * blocks + blockIdx.x] = sum;
+    barrier.wait();  // nobody writes before all have read
+  }
+}
+
+int wrong_exchanges(void (*kernel)(unsigned*, int*, int*, int)) {
+  constexpr int kBlocks = 3, kGroups = 2, kRounds = 4;
+  Buffer<unsigned> counters(kGroups);
+  Buffer<int> boxes(kBlocks * kGroups), out(kBlocks * kGroups * kRounds);
+  simt::launch_cooperative(
+      simt::LaunchInfo{"exchange", dim3(kBlocks, kGroups), dim3(64), 0, nullptr, ""}, kernel,
+      counters.data(), boxes.data(), out.data(), kRounds);
+#if defined(__CUDACC__)
+  kd::check_cuda(cudaDeviceSynchronize(), "exchange");
+#endif
+  int wrong = 0;
+  for (int group = 0; group < kGroups; ++group) {
+    for (int round = 0; round < kRounds; ++round) {
+      const int expected = round < kRounds - group ? round * 10 * kBlocks + 3 : 0;
+      for (int block = 0; block < kBlocks; ++block) {
+        wrong += out[(group * kRounds + round) * kBlocks + block] != expected;
+      }
+    }
+  }
+  return wrong;
+}
+
+TEST(groups_of_blocks_meet) {
+  for_each_order([] { CHECK(wrong_exchanges(exchange_kernel<true>) == 0); });
+}
+
 #if !defined(__CUDACC__)
 // ---- what only the emulator promises -----------------------------------------------------------
+
+TEST(missing_group_barrier_is_seen_in_every_order) {
+  for_each_order([] { CHECK(wrong_exchanges(exchange_kernel<false>) > 0); });
+}
+
+// Block 1 never comes.
+__global__ void absent_block_kernel(unsigned* counter) {
+  kd::GroupBarrier barrier(counter, gridDim.x);
+  if (blockIdx.x != 1) barrier.wait();
+}
+
+TEST(cooperative_deadlocks_and_sizes_are_reported) {
+  for_each_order([] {
+    Buffer<unsigned> counter(1);
+    const auto start = [&](unsigned blocks) {
+      counter[0] = 0;
+      simt::launch_cooperative(
+          simt::LaunchInfo{"absent_block", dim3(blocks), dim3(32), 0, nullptr, ""},
+          absent_block_kernel, counter.data());
+    };
+    CHECK_THROWS(start(3), "deadlock");
+    CHECK_THROWS(start(3), "group_barrier.cuh");
+    CHECK_THROWS(start(1000), "1000 blocks");
+    CHECK(wrong_exchanges(exchange_kernel<true>) == 0);  // the next launch is not disturbed
+  });
+}
 
 TEST(missing_barrier_is_seen_in_some_order) {
   // The reader of the next thread's value: wrong in ascending order, right in descending order;

@@ -135,6 +135,62 @@ void test_sinkhorn() {
   }
 }
 
+// Weights sum to one, so potentials lie between minus and plus the largest cost, and so do slopes.
+template <class T>
+void run_annealed(int64_t batch, int64_t n, int64_t m, int64_t dims, bool root, bool given) {
+  std::vector<T> x = numbers<T>(batch * dims * n, 0, 1, 4),
+                 y = numbers<T>(batch * dims * m, 0, 1, 5);
+  std::vector<T> log_a(static_cast<size_t>(batch * n), static_cast<T>(-std::log(double(n))));
+  std::vector<T> log_b(static_cast<size_t>(batch * m), static_cast<T>(-std::log(double(m))));
+  const int64_t total = 2 * (n + m);
+  const T nan = static_cast<T>(NAN);
+  std::vector<T> potentials(static_cast<size_t>(batch * total), nan);
+  std::vector<T> slopes(static_cast<size_t>(batch * dims * total), nan);
+  std::vector<T> workspace(static_cast<size_t>(2 * batch * total), nan);
+  const int64_t sizes[4][2] = {{n, m}, {m, n}, {n, n}, {m, m}};
+  std::vector<T> costs[4];
+  kd::AnnealedArgs args;
+  args.x = view_of(x, {batch, dims, n});
+  args.y = view_of(y, {batch, dims, m});
+  args.log_a = view_of(log_a, {batch, n});
+  args.log_b = view_of(log_b, {batch, m});
+  for (int side = 0; side < 4 && given; ++side) {
+    costs[side] = numbers<T>(batch * sizes[side][0] * sizes[side][1], 0.1, 1, 6);
+    args.costs[side] = view_of(costs[side], {batch, sizes[side][0], sizes[side][1]});
+  }
+  args.potentials = view_of(potentials, {batch, total});
+  if (!given) args.slopes = view_of(slopes, {batch, dims, total});
+  args.workspace = view_of(workspace, {2, batch, total});
+  args.epsilons = {1.0, 1.0, 0.1, 0.01};
+  args.root = root;
+  args.need_x = args.need_y = true;
+  kd::cpu::annealed(args);
+  const double most = static_cast<double>(dims) + 1e-4;
+  for (T phi : potentials) CHECK_SHOW(std::abs(static_cast<double>(phi)) <= most, phi, most);
+  for (T slope : slopes) CHECK(given || std::abs(static_cast<double>(slope)) <= 1.0001);
+  for (int side = 0; side < 4 && given; ++side) {
+    double sum = 0;
+    for (T weight : costs[side]) sum += static_cast<double>(weight);
+    const double rows = static_cast<double>(batch * sizes[side][0]);
+    CHECK_SHOW(root ? sum >= 0.999 * rows : std::abs(sum - rows) < 1e-3 * rows, sum, rows);
+  }
+}
+
+void test_annealed() {
+  for (int64_t n : {1, 5, 33}) {
+    for (int64_t m : {1, 16, 19}) {
+      for (int64_t dims : {1, 2, 3, 7, 16}) {
+        for (bool root : {false, true}) {
+          run_annealed<float>(2, n, m, dims, root, false);
+          run_annealed<double>(1, n, m, dims, root, false);
+        }
+      }
+      run_annealed<float>(2, n, m, 20, false, true);
+      run_annealed<double>(2, n, m, 20, true, true);
+    }
+  }
+}
+
 // Values beyond both rows' equality are checked from Python; here 0 <= value <= 2 and equal rows.
 template <class S, class T>
 void run_sorted(int64_t rows, int64_t width, int64_t other, bool exclude) {
@@ -189,6 +245,7 @@ int main() {
     if (!kd::is_supported(isa)) continue;
     kd::set_isa(kd::name(isa));
     test_sinkhorn();
+    test_annealed();
     test_sorted();
   }
   return kd_test::check_result("transport");

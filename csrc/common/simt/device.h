@@ -95,35 +95,71 @@ inline int multiprocessor_count() {
   return detail::device_attribute(cudaDevAttrMultiProcessorCount, 1);
 }
 
+namespace detail {
+
+// More shared memory than every GPU gives must be asked for.
+inline cudaError_t ask_for_shared(const void* function, size_t bytes) {
+  if (bytes <= (48 << 10)) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 template <class... Params, class... Args>
-void launch(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
+void launch_blocks(const LaunchInfo& info, bool together, void (*kernel)(Params...),
+                   Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "the kernel takes another argument count");
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (info.shared_bytes > (48 << 10)) {  // more than every GPU gives must be asked for
-    const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(info.shared_bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      detail::fail(info, "asking for shared memory", error);
-    }
-  }
+  const cudaError_t refused = ask_for_shared(function, info.shared_bytes);
+  if (refused != cudaSuccess) fail(info, "asking for shared memory", refused);
   std::tuple<Params...> values(static_cast<Params>(std::forward<Args>(args))...);
   const cudaError_t error = std::apply(
       [&](auto&... value) {
         // One more than needed, for a kernel without parameters.
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))..., nullptr};
-        return cudaLaunchKernel(function, info.grid, info.block, pointers, info.shared_bytes,
-                                info.stream);
+        return together ? cudaLaunchCooperativeKernel(function, info.grid, info.block, pointers,
+                                                      info.shared_bytes, info.stream)
+                        : cudaLaunchKernel(function, info.grid, info.block, pointers,
+                                           info.shared_bytes, info.stream);
       },
       values);
   if (error != cudaSuccess) {
     cudaGetLastError();  // an error of a launch is not sticky: clear it
-    detail::fail(info, "launch", error);
+    fail(info, "launch", error);
   }
   if (launch_synchronously()) {
     const cudaError_t late = cudaStreamSynchronize(info.stream);
-    if (late != cudaSuccess) detail::fail(info, "while it ran", late);
+    if (late != cudaSuccess) fail(info, "while it ran", late);
   }
+}
+
+}  // namespace detail
+
+template <class... Params, class... Args>
+void launch(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
+  detail::launch_blocks(info, false, kernel, std::forward<Args>(args)...);
+}
+
+// All blocks run at once, so they may wait for each other. At most `resident_blocks` of them.
+template <class... Params, class... Args>
+void launch_cooperative(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
+  detail::launch_blocks(info, true, kernel, std::forward<Args>(args)...);
+}
+
+// Blocks of this kernel that the current device holds at once; 0 where that cannot be told.
+template <class... Params>
+int resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (!detail::device_attribute(cudaDevAttrCooperativeLaunch, 0)) return 0;
+  if (detail::ask_for_shared(function, shared_bytes) != cudaSuccess) return 0;
+  int each = 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, threads, shared_bytes) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return each * multiprocessor_count();
 }
 
 template <class... Params, class... Args>

@@ -44,6 +44,8 @@ class Engine {
   }
 
   void run(const LaunchInfo& info, void (*body)(void*), void* argument);
+  // A cooperative launch: simt/cooperative.h.
+  static void run_together(const LaunchInfo& info, void (*body)(void*), void* argument);
 
   // Blocks the calling lane until `expected` lanes (0: all live ones) have called it.
   // Returns how many of them voted true, and in *arrived how many there were.
@@ -75,9 +77,18 @@ class Engine {
     const void* key;
     void* data;
   };
+  struct Scope;
 
   void check(const LaunchInfo& info) const;
+  void prepare_run(const LaunchInfo& info, void (*body)(void*), void* argument, uint64_t seed);
+  void begin_block(unsigned linear_block);
+  void end_block();
+  // The other lanes stop where they are; nothing on their stacks is destroyed.
+  void abandon() {
+    for (int t = 0; t < threads_; ++t) stacks_[t].forget();
+  }
   void run_block(unsigned linear_block);
+  bool is_running() const { return live_ > 0 && !failed_; }
   void draw_order();
   bool run_pass();
   void resume(int id);
@@ -117,10 +128,12 @@ class Engine {
   int threads_ = 0;
   int live_ = 0;
   int current_lane_ = 0;
+  uint3 block_{};
   uint64_t random_state_ = 0;
   std::string error_;
   bool failed_ = false;
   bool yielded_ = false;
+  bool progressed_ = false;  // in this pass some lane did more than wait by __nanosleep
 };
 
 // ---- launch ------------------------------------------------------------------------------------
@@ -147,24 +160,31 @@ inline void Engine::check(const LaunchInfo& info) const {
   }
 }
 
-inline void Engine::run(const LaunchInfo& info, void (*body)(void*), void* argument) {
-  check(info);
+inline void Engine::prepare_run(const LaunchInfo& info, void (*body)(void*), void* argument,
+                                uint64_t seed) {
   info_ = &info;
   body_ = body;
   argument_ = argument;
   threads_ = static_cast<int>(info.block.x * info.block.y * info.block.z);
-  random_state_ = schedule().seed;
+  random_state_ = seed;
   while (static_cast<int>(stacks_.size()) < threads_) stacks_.emplace_back();
   if (static_cast<int>(lanes_.size()) < threads_) lanes_.resize(threads_);
   warps_.resize((threads_ + warpSize - 1) / warpSize);
   prepare_arena();
-
-  struct Scope {
-    explicit Scope(Engine* engine) { current() = engine; }
-    ~Scope() { current() = nullptr; }
-  } scope(this);
   blockDim = info.block;
   gridDim = info.grid;
+}
+
+// Kernels run while it lives.
+struct Engine::Scope {
+  explicit Scope(Engine* engine) { current() = engine; }
+  ~Scope() { current() = nullptr; }
+};
+
+inline void Engine::run(const LaunchInfo& info, void (*body)(void*), void* argument) {
+  check(info);
+  prepare_run(info, body, argument, schedule().seed);
+  Scope scope(this);
 
   const uint64_t blocks = uint64_t{info.grid.x} * info.grid.y * info.grid.z;
   const Order order = schedule().order;
@@ -182,7 +202,19 @@ inline void Engine::run(const LaunchInfo& info, void (*body)(void*), void* argum
 }
 
 inline void Engine::run_block(unsigned linear) {
+  begin_block(linear);
+  while (is_running()) {
+    if (!run_pass() && is_running()) {
+      failed_ = true;
+      error_ = deadlock_text();
+    }
+  }
+  end_block();
+}
+
+inline void Engine::begin_block(unsigned linear) {
   blockIdx = {linear % gridDim.x, linear / gridDim.x % gridDim.y, linear / gridDim.x / gridDim.y};
+  block_ = blockIdx;
   live_ = threads_;
   failed_ = false;
   error_.clear();
@@ -217,21 +249,16 @@ inline void Engine::run_block(unsigned linear) {
   __asan_poison_memory_region(arena_ + kStaticArena + info_->shared_bytes,
                               arena_bytes_ - kStaticArena - info_->shared_bytes);
 #endif
+}
 
-  while (live_ > 0 && !failed_) {
-    if (!run_pass() && live_ > 0 && !failed_) {
-      failed_ = true;
-      error_ = deadlock_text();
-    }
-  }
+inline void Engine::end_block() {
 #if KD_SIMT_ASAN
   __asan_unpoison_memory_region(arena_, arena_bytes_);
 #endif
   if (failed_) {
-    // The other lanes stop where they are; nothing on their stacks is destroyed.
-    for (int t = 0; t < threads_; ++t) stacks_[t].forget();
+    abandon();
     throw std::runtime_error(std::string("kernel ") + info_->kernel + ", block " +
-                             text_of_index(blockIdx) + error_ +
+                             text_of_index(block_) + error_ +
                              (info_->shape.empty() ? "" : "; " + info_->shape));
   }
 }
@@ -268,6 +295,7 @@ inline void Engine::draw_order() {
 inline bool Engine::run_pass() {
   draw_order();
   bool moved = false;
+  progressed_ = false;
   if (schedule().order != Order::kWarpAhead) {
     for (int id : order_) {
       if (lanes_[id].state != LaneState::kReady) continue;
@@ -284,7 +312,6 @@ inline bool Engine::run_pass() {
       for (int id = warp * warpSize; id < end; ++id) {
         if (lanes_[id].state != LaneState::kReady) continue;
         moved = true;
-        yielded_ = false;
         resume(id);
         again |= !yielded_;  // a warp that only spins lets the others go on
         if (failed_) return true;
@@ -298,6 +325,7 @@ inline void Engine::resume(int id) {
   Lane& lane = lanes_[id];
   current_lane_ = id;
   threadIdx = lane.thread;
+  yielded_ = false;
 #if KD_SIMT_ASAN
   __sanitizer_start_switch_fiber(&scheduler_sanitizer_stack_, stacks_[id].bottom(), Stack::kBytes);
 #endif
@@ -305,6 +333,7 @@ inline void Engine::resume(int id) {
 #if KD_SIMT_ASAN
   __sanitizer_finish_switch_fiber(scheduler_sanitizer_stack_, nullptr, nullptr);
 #endif
+  progressed_ |= !yielded_;
 }
 
 // Back to the scheduler; returns when the lane is resumed.

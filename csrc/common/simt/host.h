@@ -6,7 +6,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "common/simt/engine.h"
+#include "common/simt/cooperative.h"
 
 // __noinline__ and friends that libstdc++ uses inside attributes are left alone on purpose.
 #define __global__
@@ -74,8 +74,11 @@ inline int multiprocessor_count() {
   return 4;
 }
 
+namespace host {
+
 template <class... Params, class... Args>
-void launch(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
+void launch_blocks(const LaunchInfo& info, bool together, void (*kernel)(Params...),
+                   Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "the kernel takes another argument count");
   struct Call {
     void (*kernel)(Params...);
@@ -86,7 +89,26 @@ void launch(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
     const Call& call = *static_cast<const Call*>(argument);
     std::apply(call.kernel, call.values);
   };
-  host::Engine::of_thread().run(info, body, &call);
+  if (together) return Engine::run_together(info, body, &call);
+  Engine::of_thread().run(info, body, &call);
+}
+
+}  // namespace host
+
+template <class... Params, class... Args>
+void launch(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
+  host::launch_blocks(info, false, kernel, std::forward<Args>(args)...);
+}
+
+// All blocks run at once, so they may wait for each other. At most `resident_blocks` of them.
+template <class... Params, class... Args>
+void launch_cooperative(const LaunchInfo& info, void (*kernel)(Params...), Args&&... args) {
+  host::launch_blocks(info, true, kernel, std::forward<Args>(args)...);
+}
+
+template <class... Params>
+int resident_blocks(void (*)(Params...), int, size_t) {
+  return static_cast<int>(host::kResidentBlocks);
 }
 
 template <class... Params, class... Args>

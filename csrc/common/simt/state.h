@@ -147,6 +147,10 @@ struct Barrier {
 };
 
 constexpr int kBarriers = 16;
+// Blocks of a cooperative launch that fit at once: two on each of four multiprocessors.
+constexpr uint64_t kResidentBlocks = 8;
+// Rounds over all of them in which lanes only spin, after which it counts as a deadlock.
+constexpr int kIdleRounds = 1000;
 constexpr size_t kStaticSharedLimit = 48 << 10;
 // 99 KiB is what every GPU from sm_86 on offers to a block; larger GPUs are asked for by
 // set_shared_limit.

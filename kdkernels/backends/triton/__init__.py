@@ -19,6 +19,7 @@ else:
     from .divergence import divergence_fwd as divergence_fwd
     from .divergence import scale as scale
     from .relation import softmax_relation as softmax_relation
+    from .sinkhorn import annealed as annealed
     from .sinkhorn import sinkhorn_bwd as sinkhorn_bwd
     from .sinkhorn import sinkhorn_fwd as sinkhorn_fwd
     from .sinkhorn import sinkhorn_workspace as sinkhorn_workspace

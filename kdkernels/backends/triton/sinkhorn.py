@@ -539,6 +539,14 @@ def sinkhorn_bwd(
             sweep(STEP, t)
 
 
+# The Sinkhorn divergence: composed. ----
+
+
+def annealed(x, *arguments) -> None:
+    """Fill the potentials and slopes (csrc/transport/transport.h) by torch, in x's precision."""
+    torch_transport.annealed_in(x.dtype, x, *arguments)
+
+
 # Sorted transport: torch's sort. ----------------------------------------------------------------
 
 sorted_workspace = torch_transport.sorted_workspace
