@@ -66,7 +66,8 @@ def divergence(device: str) -> int:
         {"temperature": 2.0, "temperature_squared": True},
         {"labels": labels, "label_weight": 0.5},
         {"mask": labels >= 0, "weight": weight, "normalize": "weights"},
-        {"reduction": "sum", "num_items": 7},
+        {"num_items": 7},
+        {"reduction": "sum"},
         {"standardize": True},
         {"clip": 0.5},
     )
@@ -130,6 +131,62 @@ def relation(device: str) -> int:
         run(f"contrastive {dtype}", lambda q, k: kd.contrastive(q, k), student[0], teacher[0])
         order = torch.randperm(40, generator=generator).to(device).expand(70, 40)
         run(f"plackett_luce {dtype}", lambda s, o=order: kd.plackett_luce(s, o), student[0])
+    return calls
+
+
+@family("transport")
+def transport(device: str) -> int:
+    """Sinkhorn of each size class and gradient mode, the Sinkhorn divergence, sorted rows."""
+    calls = 0
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(device).requires_grad_()
+
+    # A warp, a block, and a group of blocks a problem (more than 2^18 entries on CUDA).
+    for shape, gradient in (
+        ((3, 20, 30), "unrolled"),
+        ((2, 150, 70), "implicit"),
+        ((2, 150, 70), "envelope"),
+        ((1, 520, 510), "unrolled"),
+    ):
+        cost = random(*shape)
+        value = "sharp" if gradient == "unrolled" else "dual"
+        loss = kd.sinkhorn(
+            cost, epsilon=0.1, iterations=3, value=value, gradient=gradient, tolerance=1e-3
+        )
+        (found,) = torch.autograd.grad(loss.sum(), cost)
+        check(f"sinkhorn {shape} {gradient}", loss, found)
+        calls += 1
+    for width in (3, 20):
+        x, y = random(2, 30, width), random(2, 25, width)
+        loss = kd.sinkhorn_divergence(x, y, diameter=5.0)
+        check(f"sinkhorn_divergence {width}", loss, *torch.autograd.grad(loss.sum(), (x, y)))
+        calls += 1
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        student, teacher = _logits(device, (3, 2500), dtype)
+        loss = kd.sorted_transport(student, teacher[:, :2400])
+        check(f"sorted_transport {dtype}", loss, *torch.autograd.grad(loss, student))
+        calls += 1
+    return calls
+
+
+@family("gromov")
+def gromov(device: str) -> int:
+    """Graphs on logits in each dtype, and the bounds of small costs."""
+    calls = 0
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        student, teacher = (x.unsqueeze(0) for x in _logits(device, (5, 2500), dtype))
+        student = student.detach().requires_grad_()
+        loss = kd.graph_on_logits(student, teacher, k=7)
+        check(f"graph_on_logits {dtype}", loss, *torch.autograd.grad(loss, student))
+        calls += 1
+    points = torch.randn((9, 3), generator=torch.Generator().manual_seed(0)).to(device)
+    cost = torch.cdist(points, points).requires_grad_()
+    for method in ("first_lower_bound", "sorted"):
+        loss = kd.gromov_wasserstein(cost, 2 * cost.detach(), method=method)
+        check(f"gromov_wasserstein {method}", loss, *torch.autograd.grad(loss, cost))
+        calls += 1
     return calls
 
 
