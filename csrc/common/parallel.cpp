@@ -294,11 +294,24 @@ class Scratch {
 
 }  // namespace
 
+namespace {
+
+void check_scratch(size_t bytes, size_t limit) {
+  if (bytes <= limit) return;
+  throw std::length_error("scratch: " + std::to_string(bytes) + " bytes, the limit is " +
+                          std::to_string(limit));
+}
+
+}  // namespace
+
 float* scratch(size_t bytes) {
-  if (bytes > kScratchLimit) {
-    throw std::length_error("scratch: " + std::to_string(bytes) + " bytes, the limit is " +
-                            std::to_string(kScratchLimit));
-  }
+  check_scratch(bytes, kScratchLimit);
+  thread_local Scratch buffer;
+  return buffer.get(std::max<size_t>(bytes, 1));
+}
+
+float* row_scratch(size_t bytes) {
+  check_scratch(bytes, kRowScratchLimit);
   thread_local Scratch buffer;
   return buffer.get(std::max<size_t>(bytes, 1));
 }

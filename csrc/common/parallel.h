@@ -53,6 +53,10 @@ const char* thread_pool_name();
 constexpr size_t kScratchLimit = size_t{2} << 20;
 float* scratch(size_t bytes);
 
+// Another such buffer beside it, for one long row. More than kRowScratchLimit: std::length_error.
+constexpr size_t kRowScratchLimit = size_t{8} << 20;
+float* row_scratch(size_t bytes);
+
 // Asks for huge pages on the whole 2 MiB blocks inside [data, data + bytes): a large fresh output
 // then costs one page fault where 4 KiB pages cost 512. Only a hint.
 void advise_huge(void* data, size_t bytes);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,6 +167,7 @@ def divergence(
     ):
         value = composed(
             divergence,
+            call,
             student,
             teacher,
             kind,
@@ -195,6 +196,92 @@ def divergence(
             inplace=inplace,
         )
         return (value, stats) if return_stats else value
+    teacher, weight, tau_s, tau_t, rest, batch = call(
+        student,
+        teacher,
+        kind,
+        beta,
+        alpha,
+        temperature,
+        teacher_temperature,
+        temperature_squared,
+        labels,
+        ignore_index,
+        mask,
+        weight,
+        label_weight,
+        clip,
+        detach_mixture,
+        reduction,
+        normalize,
+        num_items,
+        vocab_size,
+        teacher_vocab_size,
+        inplace,
+    )
+    value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
+    value = value.view(student.shape[:-1]) if reduction == "none" else value
+    return (value, stats) if return_stats else value
+
+
+def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """KL(p, q) = sum p log(p/q); options as in `divergence`."""
+    return divergence(student, teacher, "forward_kl", **options)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """KL(q, p) = sum q log(q/p); options as in `divergence`."""
+    return divergence(student, teacher, "reverse_kl", **options)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """Generalised Jensen-Shannon divergence (beta=0.5); options as in `divergence`."""
+    return divergence(student, teacher, "jensen_shannon", **options)
+
+
+def total_variation(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    """sum |p - q| / 2; options as in `divergence`."""
+    return divergence(student, teacher, "total_variation", **options)
+
+
+# Pieces. ----------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A plain call, checked and flattened: the arguments of `ops.divergence` beside the student."""
+
+    teacher: Tensor | None
+    weight: Tensor | None  # (N,) compute dtype, as the two temperatures
+    tau_s: Tensor | None
+    tau_t: Tensor | None
+    rest: ops.Rest
+    batch: int
+
+
+def call(
+    student,
+    teacher,
+    kind,
+    beta=None,
+    alpha=None,
+    temperature=1.0,
+    teacher_temperature=None,
+    temperature_squared=False,
+    labels=None,
+    ignore_index=-100,
+    mask=None,
+    weight=None,
+    label_weight=0.0,
+    clip=None,
+    detach_mixture=False,
+    reduction="mean",
+    normalize="rows",
+    num_items=None,
+    vocab_size=None,
+    teacher_vocab_size=None,
+    inplace=False,
+) -> Call:
+    """Check and flatten a call of `divergence` with one dense teacher or None."""
     check_floats(student, "student")
     if student.dim() < 1 or student.shape[-1] < 1:
         raise ValueError(f"student: expected shape [..., V], V >= 1, got {tuple(student.shape)}")
@@ -256,32 +343,7 @@ def divergence(
         rest = rest._replace(inplace=True)
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
-    value = ops.divergence(student, teacher, weight, tau_s, tau_t, rest, batch)[0]
-    value = value.view(leading) if reduction == "none" else value
-    return (value, stats) if return_stats else value
-
-
-def forward_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
-    """KL(p, q) = sum p log(p/q); options as in `divergence`."""
-    return divergence(student, teacher, "forward_kl", **options)
-
-
-def reverse_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
-    """KL(q, p) = sum q log(q/p); options as in `divergence`."""
-    return divergence(student, teacher, "reverse_kl", **options)
-
-
-def jensen_shannon(student: Tensor, teacher: Tensor, **options) -> Tensor:
-    """Generalised Jensen-Shannon divergence (beta=0.5); options as in `divergence`."""
-    return divergence(student, teacher, "jensen_shannon", **options)
-
-
-def total_variation(student: Tensor, teacher: Tensor, **options) -> Tensor:
-    """sum |p - q| / 2; options as in `divergence`."""
-    return divergence(student, teacher, "total_variation", **options)
-
-
-# Pieces. ----------------------------------------------------------------------------------------
+    return Call(teacher, weight, tau_s, tau_t, rest, batch)
 
 
 def _check_teacher(student: Tensor, teacher: Tensor) -> None:
