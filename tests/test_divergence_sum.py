@@ -119,7 +119,7 @@ def test_kinds_and_types_mixed(summing, v, reduction):
         if v > 5 and summing.name == "torch":
             pytest.skip("no kernel of ours")
     student, teachers = logits(n, v, len(names))
-    teachers[2] = torch.cat([teachers[2], torch.randn(n, 1030)], -1)  # a wider vocabulary
+    teachers[-1] = torch.cat([teachers[-1], torch.randn(n, 1030)], -1)  # a wider vocabulary
     teachers = [t.to(DTYPES[k % 3]).to(summing.device) for k, t in enumerate(teachers)]
     teachers[1][1] = -INF
     teachers[0][2, ::2] = -INF
@@ -210,6 +210,23 @@ def test_the_order_of_threads_changes_no_bit(v):
         simt.set_order("ascending")
     for value, gradient in seen[1:]:
         assert torch.equal(value, seen[0][0]) and torch.equal(gradient, seen[0][1])
+
+
+@pytest.mark.skipif(bool(simt.why_not()), reason=simt.why_not() or "built")
+@pytest.mark.parametrize("order", ("descending", "warp_ahead"))
+def test_more_rows_than_blocks(order):
+    """A block takes several rows; what it shares of one must be read before the next one's."""
+    student, teachers = logits(530, 260, 2)
+    leaf = student.requires_grad_()
+    simt.set_order(order, 0)
+    try:
+        with kd.use_backend("simt"):
+            (gradient,) = torch.autograd.grad(kd.divergence(leaf, teachers), leaf)
+    finally:
+        simt.set_order("ascending")
+    with kd.use_backend("cpu"):
+        (expected,) = torch.autograd.grad(kd.divergence(leaf, teachers), leaf)
+    close(gradient, expected)
 
 
 # kd.divergence. -----------------------------------------------------------------------------------
