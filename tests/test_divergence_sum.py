@@ -216,7 +216,7 @@ def test_the_order_of_threads_changes_no_bit(v):
 @pytest.mark.parametrize("order", ("descending", "warp_ahead"))
 def test_more_rows_than_blocks(order):
     """A block takes several rows; what it shares of one must be read before the next one's."""
-    student, teachers = logits(530, 260, 2)
+    student, teachers = logits(1030, 260, 2)
     leaf = student.requires_grad_()
     simt.set_order(order, 0)
     try:
