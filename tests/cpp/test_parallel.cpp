@@ -162,8 +162,16 @@ void test_scratch() {
     std::memset(p, 0x5a, bytes);
     CHECK(kd::scratch(bytes) == p);  // no reallocation for what already fits
     CHECK(kd::scratch(bytes / 2) == p);
+    CHECK(kd::row_scratch(bytes) != p && kd::scratch(bytes) == p);  // two buffers
   }
   bool refused = false;
+  try {
+    kd::row_scratch(kd::kRowScratchLimit + 1);
+  } catch (const std::length_error&) {
+    refused = true;
+  }
+  CHECK(refused);
+  refused = false;
   try {
     kd::scratch(kd::kScratchLimit + 1);
   } catch (const std::length_error&) {
