@@ -442,6 +442,18 @@ def test_second_derivatives_and_stale_logits_are_refused(summing):
         loss.backward()
 
 
+def test_bad_input_is_named():
+    z, a = torch.randn(2, 5), torch.randn(2, 5)
+    with pytest.raises(ValueError, match="student"):
+        kd.divergence(torch.tensor(1.0), [a, a])
+    with pytest.raises(ValueError, match="teacher"):
+        kd.divergence(z, [a, torch.randn(3, 5)])
+    with pytest.raises(ValueError, match="teacher.*vocab_size"):
+        kd.divergence(z, [a, torch.randn(2, 6)])
+    with pytest.raises(ValueError, match="labels"):
+        kd.divergence(z, [a, a], labels=torch.tensor([0, 5]), label_weight=0.5)
+
+
 COMPOSED = {
     "token bound of the sum": {"clip": 0.5},
     "quantile": {"clip": kd.Clip(quantile=0.5)},

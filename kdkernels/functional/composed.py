@@ -42,7 +42,6 @@ class Part(NamedTuple):
 
 def composed(
     divergence: Callable[..., Tensor],
-    call: Callable[..., Any],
     student: Tensor,
     teacher: Any,
     kind: Any,
@@ -71,7 +70,7 @@ def composed(
     teacher_weights: Any,
     inplace: bool,
 ) -> Tensor:
-    """See `divergence`, which is the first argument; the second checks a plain call of it."""
+    """See `divergence`, which is the first argument."""
     check_floats(student, "student")
     if class_dim != -1:
         class_dim = _check_class_dim(class_dim, student, inplace)
@@ -152,7 +151,7 @@ def composed(
         )  # fmt: skip
     if one_pass:
         options = {**rows, "clip": bounds, "weight": weight, "temperature_squared": squared}
-        return summed(call, student, parts, label_alone, options, inplace)
+        return summed(student, parts, label_alone, options, inplace)
     outer = _squares(temperature) if squared and hidden else 1.0
     label_left = label_weight
     total = None

@@ -160,7 +160,6 @@ def divergence(
     ):
         value = composed(
             divergence,
-            call,
             student,
             teacher,
             kind,

@@ -52,8 +52,9 @@ def call(
     vocab_size=None,
     teacher_vocab_size=None,
     inplace=False,
-) -> Call:
-    """Check and flatten a call of `divergence` with one dense teacher or None."""
+) -> tuple:
+    """Check and flatten a call of `divergence` with one dense teacher or None: a `Call`, as a tuple
+    because every call of the library passes here."""
     check_floats(student, "student")
     if student.dim() < 1 or student.shape[-1] < 1:
         raise ValueError(f"student: expected shape [..., V], V >= 1, got {tuple(student.shape)}")
@@ -115,7 +116,7 @@ def call(
         rest = rest._replace(inplace=True)
     if not compiling and settings().debug:
         _debug(student, teacher, rest.labels, rest.spec)
-    return Call(teacher, weight, tau_s, tau_t, rest, batch)
+    return teacher, weight, tau_s, tau_t, rest, batch
 
 
 def _check_teacher(student: Tensor, teacher: Tensor) -> None:

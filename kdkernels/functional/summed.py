@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..ops import divergence_sum as ops
 from ..ops.common import compute_dtype
+from .plain_call import Call, call
 
 if TYPE_CHECKING:
     from .composed import Part
@@ -35,15 +35,14 @@ def fits(student: Tensor, parts: list[Part], inplace: bool) -> bool:
 
 
 def summed(
-    call: Callable[..., Any],
     student: Tensor,
     parts: list[Part],
     label_alone: dict[str, Any],
     options: dict[str, Any],
     inplace: bool,
 ) -> Tensor:
-    """The sum of the parts. `call` checks a plain call; `label_alone`: the label's cross entropy as
-    a call of its own; `options`: what all parts have in common."""
+    """The sum of the parts. `label_alone`: the label's cross entropy as a call of its own;
+    `options`: what all parts have in common."""
     counting = [part for part in parts if _counts(part)]
     numbers = [p for p in counting if not isinstance(p.coefficient, Tensor)]
     # The label rides on the largest coefficient, whose division rounds least.
@@ -59,13 +58,13 @@ def summed(
             label_weight=label / part.coefficient if label else 0.0,
             inplace=inplace,
         )
-        calls.append(made)
-        weights.append(_weight(part.coefficient, made.weight, student))
+        calls.append(Call(*made))
+        weights.append(_weight(part.coefficient, calls[-1].weight, student))
     if label_alone["label_weight"] and bearer is None:
         alone = {k: v for k, v in label_alone.items() if k != "student"}
         made = call(student, **alone, **{**options, "clip": None}, inplace=inplace)
-        calls.append(made)
-        weights.append(made.weight)
+        calls.append(Call(*made))
+        weights.append(calls[-1].weight)
     most = ops.most_parts(student)
     total = None
     for begin in range(0, len(calls), most):
@@ -75,7 +74,7 @@ def summed(
     return total.view(student.shape[:-1]) if options["reduction"] == "none" else total
 
 
-def _common(calls: list[Any]) -> ops.Common:
+def _common(calls: list[Call]) -> ops.Common:
     first = calls[0].rest
     return ops.Common(
         tuple(

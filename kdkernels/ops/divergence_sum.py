@@ -46,7 +46,9 @@ class Common(NamedTuple):
 def most_parts(student: Tensor) -> int:
     """Divergences that one call may add up on the student's device; 0: no such call here and
     now."""
-    if torch.compiler.is_compiling() or functorch_active() or student.shape[-1] > WIDEST:
+    if torch.compiler.is_compiling() or functorch_active():
+        return 0
+    if student.dim() < 1 or student.shape[-1] > WIDEST:  # no logits: a plain call says so
         return 0
     return getattr(pick("divergence", student.device.type), "DIVERGENCE_SUM_PARTS", 0)
 
