@@ -63,8 +63,7 @@ struct GradientTarget {
   // Entries [begin, begin + n) get value(i, V) for i in [0, n), beside what earlier parts gave.
   template <class V, class Value>
   KD_LANES void write(int64_t begin, int64_t n, const Value& value) const {
-    const S* const before = sum + begin;
-    const auto added = [&](int64_t i) { return V::load(before + i) + value(i); };
+    const auto added = [&](int64_t i) { return V::load(sum + (begin + i)) + value(i); };
     if constexpr (sizeof(T) == sizeof(S)) {  // out and sum are of one type
       T* const to = last ? out : sum;
       holds ? write_row<V>(to + begin, n, streams(), added)
