@@ -58,6 +58,7 @@ def cases(settings: Settings) -> list[Case]:
             unit_bytes=logits_bytes((head_shape[0], head_shape[2]), head_dtype),
         )
     )
+    found.append(teachers_case((rows // 4 or 1, vocabulary), settings))
     return found
 
 
@@ -201,3 +202,27 @@ def head(shape: Sequence[int], dtype: torch.dtype, settings: Settings) -> list[V
         Variant("the four GEMMs alone", lambda: Step(products)),
         *peer_variants(found, lambda loss: gradient_step(loss, inputs, both)),
     ]
+
+
+def teachers_case(shape: tuple[int, int], settings: Settings) -> Case:
+    """Loss and gradient of the sum over 4 teachers: one pass, calls of their own, eager."""
+    tensor = logits_bytes(shape, torch.float32)
+
+    def setup() -> list[Variant]:
+        student, first = make_logits(shape, torch.float32, settings.device)
+        inputs = (student, [first, *(torch.randn_like(first) for _ in range(3))])
+        ours = functools.partial(kd.divergence, kind="forward_kl", temperature=TEMPERATURE)
+        eager = peers.eager_forward_kl(TEMPERATURE)
+
+        def added(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            return lambda student, teachers: sum(loss(student, t) for t in teachers)
+
+        return [
+            Variant(OURS, lambda: gradient_step(ours, inputs)),
+            Variant(f"{OURS}, separate calls", lambda: gradient_step(added(ours), inputs)),
+            Variant("eager", lambda: gradient_step(added(eager), inputs)),
+        ]
+
+    # read student and teachers + write gradient
+    name = "forward_kl of 4 teachers"
+    return Case(name, shape, torch.float32, setup, bytes=6 * tensor, unit_bytes=tensor)

@@ -109,6 +109,24 @@ def test_compile_with_tensor_parameters_and_gradients_to_them():
     torch.testing.assert_close(gradients(compiled), gradients(call), rtol=1e-5, atol=1e-7)
 
 
+def test_a_list_of_teachers_compiles_as_a_call_each():
+    student = torch.randn(3, 9, requires_grad=True)
+    teachers = [torch.randn(3, 9), torch.randn(3, 9)]
+
+    def loss(z):
+        return kd.divergence(z, teachers, teacher_weights=[0.5, 2.0])
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for run in (compiled, loss):
+        student.grad = None
+        value = run(student)
+        value.backward()
+        if run is compiled:
+            expected, gradient = value.detach(), student.grad
+    torch.testing.assert_close(value.detach(), expected)
+    torch.testing.assert_close(student.grad, gradient)
+
+
 def test_opcheck():
     student, teacher = pair("cpu", 3, 17)
     from kdkernels.backends.spec import DivergenceSpec

@@ -107,10 +107,9 @@ def test_small_gaps_keep_their_relative_accuracy(backend, kind, gap):
         expected, _ = reference(student, teacher, kind, reduction="none")
         tolerances.assert_values(loss, expected, torch.float32, kind)
         # Without the tolerance's floor, also where a row has nearly all its mass on one entry
-        # (std 10). Triton does not correct the rounding of its normalisers.
-        if backend.name != "triton":
-            ratio = (loss.double() - expected).abs() / expected
-            assert float(ratio[1:].max()) <= 1e-5
+        # (std 10).
+        ratio = (loss.double() - expected).abs() / expected
+        assert float(ratio[1:].max()) <= 1e-5
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

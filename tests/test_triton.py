@@ -263,9 +263,9 @@ def test_relative_error_at_every_gap(kind, temperature):
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(1, 400, generator=generator) * 4
     noise = torch.randn(1, 400, generator=generator)
-    gaps = torch.tensor([[1.0], [0.1], [0.01], [0.001], [0.0]])
+    gaps = torch.tensor([[1.0], [0.1], [0.01], [0.001], [1e-4], [0.0]])
     a = (z + gaps * noise).to(DEVICE)
-    z = z.expand(5, -1).to(DEVICE)
+    z = z.expand(6, -1).to(DEVICE)
     numbers = {
         **KINDS[kind],
         "student_temperature": temperature,
@@ -273,11 +273,11 @@ def test_relative_error_at_every_gap(kind, temperature):
     }
     mine = call(backend, z, a, numbers)
     exact = call(reference, z, a, numbers)
-    error = (mine.value.double() - exact.value)[:4] / exact.value[:4]
-    assert error.abs().max() < 1e-5, error
-    assert mine.value[4] == 0 and (mine.value >= 0).all()
+    error = (mine.value.double() - exact.value)[:5] / exact.value[:5]
+    assert error.abs().max() < 3e-6, error
+    assert mine.value[5] == 0 and (mine.value >= 0).all()
     for gradient in (mine.grad_student, mine.grad_teacher):
-        assert gradient[4].abs().max() < 1e-7  # rounding of q - p at most
+        assert gradient[5].abs().max() < 1e-7  # rounding of q - p at most
     # Rounding of d, 1e-6, against the gap (over the temperature).
     for row in range(3):
         bound = 2e-5 + 2e-6 * temperature / gaps[row].item()

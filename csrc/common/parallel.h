@@ -54,7 +54,7 @@ constexpr size_t kScratchLimit = size_t{2} << 20;
 float* scratch(size_t bytes);
 
 // A second buffer of the same sort, for a loop that holds it while what it calls uses scratch().
-// Without a limit: it is for blocks that grow with a row.
+// Without a limit: it is for what grows with a row.
 float* block_scratch(size_t bytes);
 
 // Asks for huge pages on the whole 2 MiB blocks inside [data, data + bytes): a large fresh output

@@ -4,11 +4,13 @@
 //   select   factor of every row where the divisor depends on data (labels, mask, weights)
 //   row      values, statistics and gradients (divergence_kernel.cuh)
 //   reduce   sum of factor x value, for a scalar reduction
-// A backward call is the row kernel alone.
+// A backward call is the row kernel alone. A sum of several divergences is a forward call a part,
+// without gradients, and the kernel of divergence_sum.cuh.
 #include "common/launch.h"
 #include "common/reduce.cuh"
 #include "divergence/divergence_check.h"
 #include "divergence/divergence_rows.cuh"
+#include "divergence/divergence_sum.cuh"
 
 namespace kd::cuda {
 namespace {
@@ -252,21 +254,88 @@ void run(const DivergenceArgs& args, bool forward) {
   if (forward && reduction_of(args.spec) != Reduction::kNone) launch_reduce<F>(args);
 }
 
+template <class F>
+void launch_sum(const DivergenceArgs* parts, int64_t count) {
+  SumParams<F> params;
+  params.rows = parts->student.shape[0];
+  params.student = rows_of(parts->student);
+  params.grad_student = rows_of(parts->grad_student);
+  params.valid_student = valid_columns(parts->spec.student_columns, params.student.columns);
+  params.labels = parts->labels ? parts->labels.as<int64_t>() : nullptr;
+  params.labels_stride = parts->labels ? parts->labels.stride[0] : 0;
+  params.upstream = per_row<F>(parts->upstream, 1);
+  params.count = static_cast<int>(count);
+  for (int64_t k = 0; k < count; ++k) {
+    const DivergenceArgs& args = parts[k];
+    const DivergenceSpec& spec = args.spec;
+    SumPart<F>& part = params.parts[k];
+    part.teacher = rows_of(args.teacher);
+    part.valid_teacher = valid_columns(spec.teacher_columns, part.teacher.columns);
+    part.student_temperature = per_row<F>(args.student_temperature, spec.student_temperature);
+    part.teacher_temperature = per_row<F>(args.teacher_temperature, spec.teacher_temperature);
+    part.first = per_row<F>(args.first, spec.first);
+    part.second = per_row<F>(args.second, spec.second);
+    part.stats = args.stats.as<F>();
+    part.stats_stride = args.stats.stride[0];
+    part.group = group_of(static_cast<Kind>(static_cast<int>(spec.kind)));
+    part.kind_per_row = args.first || args.second;
+    part.kind = row_kind(spec, static_cast<F>(spec.first), static_cast<F>(spec.second));
+    part.spec = spec;
+  }
+  const int64_t blocks =
+      std::min<int64_t>(params.rows, int64_t{256} * simt::multiprocessor_count());
+  launch({"divergence_sum_row", dim3(static_cast<unsigned>(blocks)),
+          dim3(static_cast<unsigned>(threads_for(params.student.columns))), 0,
+          static_cast<Stream>(parts->stream), shape_of(*parts)},
+         divergence_sum_row_kernel<F>, params);
+}
+
+template <class F>
+void run_sum(const DivergenceArgs* parts, int64_t count, bool forward) {
+  const DeviceGuard guard(parts->student.device_index);
+  for (int64_t k = 0; forward && k < count; ++k) {
+    DivergenceArgs args = parts[k];
+    args.grad_student = View{};
+    run<F>(args, true);
+  }
+  if (parts->grad_student && parts->student.shape[0] > 0) launch_sum<F>(parts, count);
+}
+
 // ---- entry points ------------------------------------------------------------------------------
 
-void run_as(const DivergenceArgs& args, bool forward) {
+bool is_double(const DivergenceArgs& args, bool forward) {
   check_divergence(args, forward);
 #if defined(__CUDACC__)
   KD_CHECK(args.student.dtype != DType::kFloat64,
            "student: expected float32, float16 or bfloat16 on CUDA, got float64 (backend torch "
            "serves it)");
-#else
-  if (args.student.dtype == DType::kFloat64) return run<double>(args, forward);
 #endif
+  if (args.student.dtype == DType::kFloat64) return true;
   KD_CHECK(args.teacher.dtype != DType::kFloat64,
            "teacher: expected float32, float16 or bfloat16 beside a ", name(args.student.dtype),
            " student, got float64");
+  return false;
+}
+
+void run_as(const DivergenceArgs& args, bool forward) {
+  const bool wide = is_double(args, forward);
+#if !defined(__CUDACC__)
+  if (wide) return run<double>(args, forward);
+#endif
+  static_cast<void>(wide);
   run<float>(args, forward);
+}
+
+void run_sum_as(const DivergenceArgs* parts, int64_t count, bool forward) {
+  check_sum(parts, count);
+  KD_CHECK(count <= kMostSumParts, "parts: expected at most ", int{kMostSumParts}, ", got ", count);
+  const bool wide = is_double(*parts, forward);
+  for (int64_t k = 1; k < count; ++k) is_double(parts[k], forward);
+#if !defined(__CUDACC__)
+  if (wide) return run_sum<double>(parts, count, forward);
+#endif
+  static_cast<void>(wide);
+  run_sum<float>(parts, count, forward);
 }
 
 }  // namespace
@@ -276,6 +345,12 @@ void divergence_fwd(const DivergenceArgs& args) {
 }
 void divergence_bwd(const DivergenceArgs& args) {
   run_as(args, false);
+}
+void divergence_sum_fwd(const DivergenceArgs* parts, int64_t count) {
+  run_sum_as(parts, count, true);
+}
+void divergence_sum_bwd(const DivergenceArgs* parts, int64_t count) {
+  run_sum_as(parts, count, false);
 }
 
 }  // namespace kd::cuda

@@ -127,4 +127,28 @@ inline void check_divergence(const DivergenceArgs& args, bool forward) {
   }
 }
 
+// What the parts of a sum must have in common.
+inline void check_sum(const DivergenceArgs* parts, int64_t count) {
+  KD_CHECK(count >= 1, "parts: expected at least one, got ", count);
+  const auto same = [](const View& x, const View& y) {
+    bool equal = x.data == y.data && x.ndim == y.ndim && x.dtype == y.dtype;
+    for (int i = 0; equal && i < x.ndim; ++i) {
+      equal = x.shape[i] == y.shape[i] && x.stride[i] == y.stride[i];
+    }
+    return equal;
+  };
+  for (int64_t k = 0; count > 1 && k < count; ++k) {
+    const DivergenceArgs& part = parts[k];
+    KD_CHECK(same(part.student, parts->student) && same(part.grad_student, parts->grad_student),
+             "student, grad_student: expected the same in every part of a sum");
+    KD_CHECK(same(part.labels, parts->labels) && same(part.mask, parts->mask),
+             "labels, mask: expected the same in every part of a sum");
+    KD_CHECK(part.spec.student_columns == parts->spec.student_columns &&
+                 part.spec.ignore_index == parts->spec.ignore_index,
+             "student_columns, ignore_index: expected the same in every part of a sum");
+    KD_CHECK(!part.grad_teacher && !part.grad_temperature,
+             "grad_teacher, grad_temperature: a sum of several has a student gradient alone");
+  }
+}
+
 }  // namespace kd

@@ -9,6 +9,7 @@
 // the form that the kind's later passes need (divergence_ratio.h). Everything else is computed from
 // the logits again, which lie in the cache (divergence_exact.h): rows too wide for the scratch,
 // rows whose value is small, the teacher's and the temperatures' gradients, float64, the backward.
+// Of a sum of several divergences every row takes all parts before the next row (GradientTarget).
 // A row's arithmetic depends on that row alone, so neither the number of threads nor the neighbours
 // change a bit.
 #include "common/parallel.h"
@@ -65,14 +66,14 @@ struct Row {
                                  : group_of(static_cast<Kind>(static_cast<int>(c.spec.kind)));
   }
 
-  void fill(const DivergenceRows& c, S number) {
-    if (grad_s != nullptr) fill_row(grad_s, 0, c.student_width, number);
+  void fill(const DivergenceRows& c, S number, RowGradient<TS>* gradient) {
+    if (grad_s != nullptr) gradient->fill(z.columns, c.student_width, number);
     if (grad_t != nullptr) fill_row(grad_t, 0, c.teacher_width, number);
     if (grad_tau != nullptr) grad_tau[0] = grad_tau[c.grad_temperature_stride[1]] = number;
   }
 
-  void clear_padding(const DivergenceRows& c) {
-    if (grad_s != nullptr) fill_row(grad_s, z.columns, c.student_width, compute_t<TS>(0));
+  void clear_padding(const DivergenceRows& c, bool last) {
+    if (grad_s != nullptr && last) fill_row(grad_s, z.columns, c.student_width, compute_t<TS>(0));
     if (grad_t != nullptr) fill_row(grad_t, a.columns, c.teacher_width, compute_t<TT>(0));
   }
 };
@@ -177,14 +178,15 @@ LabelTerm<S> label_term(const Side<TS>& z, int64_t index, double natural_lse, do
 template <class TS, class TT>
 void gradients_from_logits(const DivergenceRows& c, Row<TS, TT>& r,
                            const GradientScale<compute_t<TS>>& scale,
-                           const LabelTerm<compute_t<TS>>& label, double factor,
-                           double divergence) {
+                           const LabelTerm<compute_t<TS>>& label, double factor, double divergence,
+                           RowGradient<TS>* gradient) {
   using S = compute_t<TS>;
+  gradient->settle();
   const bool tau = r.grad_tau != nullptr;
   double moment_s = 0, moment_t = 0;
-  gradient_from_logits<TS, TT, S>(r.z, r.a, r.n, r.group, scale, label, r.grad_s, r.grad_t,
-                                  c.fresh_gradient, tau ? &moment_s : nullptr,
-                                  tau ? &moment_t : nullptr);
+  gradient_from_logits<TS, TT, S>(r.z, r.a, r.n, r.group, scale, label, gradient->target, r.grad_t,
+                                  tau ? &moment_s : nullptr, tau ? &moment_t : nullptr);
+  gradient->target.holds = true;
   if (!tau) return;
   // d/d tau of f(z / tau) = -sum z_v (df/dz_v) / tau, and z_v = u_v / scale + const.
   double by_s = -moment_s / (double(r.z.scale) * double(r.n.tau_s));
@@ -198,22 +200,23 @@ void gradients_from_logits(const DivergenceRows& c, Row<TS, TT>& r,
 }
 
 template <class TS, class TT>
-void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pending) {
+void forward_row(const DivergenceRows& c, int64_t index, RowGradient<TS>* gradient) {
   using S = compute_t<TS>;
   using V = Lanes<TS>;
   Row<TS, TT> r(c, index);
   const double factor = c.factor[index];
   for (int i = 0; i < kStats; ++i) r.stats[i] = S(0);
   c.values[index] = 0;
-  if (!c.selected[index]) return r.fill(c, S(0));
+  if (!c.selected[index]) return r.fill(c, S(0), gradient);
   r.stats[kFactor] = static_cast<S>(factor);
   r.stats[kUnit] = static_cast<S>(c.unit[index]);
 
   // Statistics.
   const int64_t columns = r.z.columns > r.a.columns ? r.z.columns : r.a.columns;
-  // The second buffer starts away from the first one's 4 KiB aliases.
-  const int64_t offset = (columns + 1023) / 1024 * 1024 + 16 * 17;
-  const size_t bytes = static_cast<size_t>(offset + columns + 16) * sizeof(S);
+  // The second buffer starts away from the first one's 4 KiB aliases, and where it starts for every
+  // part of a sum: the next part takes the buffers over entry by entry.
+  const int64_t offset = (c.widest + 1023) / 1024 * 1024 + 16 * 17;
+  const size_t bytes = static_cast<size_t>(offset + c.widest + 16) * sizeof(S);
   const bool fast =
       bytes <= kScratchLimit && r.grad_s != nullptr && r.grad_t == nullptr && r.grad_tau == nullptr;
   Way way = way_of(r.n.kind, r.group, fast);
@@ -221,13 +224,13 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
   S* const x = keep ? reinterpret_cast<S*>(scratch(bytes)) : nullptr;
   S* const y = keep ? x + offset : nullptr;
   const auto nothing = [](int64_t) {};
-  const auto take_over = [pending](int64_t end) { pending->write_upto(end); };
+  const auto take_over = [gradient](int64_t end) { gradient->pending.write_upto(end); };
   const RowSums<S> sums =
       !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y, nothing)
       : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y, take_over)
       : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y, take_over)
                               : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y, take_over);
-  if (keep) pending->finish();
+  if (keep) gradient->pending.finish();
   // Of p and q only q and p / q are kept: not enough where q underflows beside a p that matters.
   const bool near =
       sums.top_gap - (__builtin_log2(sums.sum_t) - __builtin_log2(sums.sum_s)) < kLargestGap;
@@ -237,7 +240,7 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
     constexpr S kNan = static_cast<S>(__builtin_nan(""));
     for (int i = 0; i < kFactor; ++i) r.stats[i] = kNan;
     if (factor != 0) c.values[index] = __builtin_nan("");
-    return r.fill(c, factor != 0 ? kNan : S(0));
+    return r.fill(c, factor != 0 ? kNan : S(0), gradient);
   }
   r.n.set_sums(sums.sum_s, sums.sum_t);
   const double sum_s = sums.sum_s > 0 ? sums.sum_s : 1, sum_t = sums.sum_t > 0 ? sums.sum_t : 1;
@@ -339,8 +342,8 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
   if (r.grad_s == nullptr && r.grad_t == nullptr && r.grad_tau == nullptr) return;
 
   // Gradient.
-  if (factor == 0) return r.fill(c, S(0));
-  r.clear_padding(c);
+  if (factor == 0) return r.fill(c, S(0), gradient);
+  r.clear_padding(c, gradient->target.last);
   const double by_student = slope == 0 ? 0 : factor * slope / r.n.tau_s;
   GradientScale<S> scale;
   scale.student = static_cast<S>(by_student);
@@ -353,7 +356,7 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
     // From what is stored, so that a backward repeats this gradient.
     const double stored = r.stats[kSumS];
     r.n.set_sums(stored, decoded_quotient(r.stats[kSumT]) * stored);
-    return gradients_from_logits(c, r, scale, label, factor, value.divergence);
+    return gradients_from_logits(c, r, scale, label, factor, value.divergence, gradient);
   }
   ScratchGradient<S> from;
   from.product = way == Way::kReverse;
@@ -382,23 +385,24 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
   from.cx = static_cast<S>(cx);
   from.cy = static_cast<S>(cy);
   from.cr = static_cast<S>(by_student * cr);
-  pending->start(x, y, from, r.z, label, r.grad_s, c.fresh_gradient);
-  if (hot >= 0 && from.product) pending->replace(hot, hot_gradient);
+  gradient->pending.start(x, y, from, r.z, label, gradient->target);
+  if (hot >= 0 && from.product) gradient->pending.replace(hot, hot_gradient);
+  gradient->target.holds = true;
 }
 
 template <class TS, class TT>
-void backward_row(const DivergenceRows& c, int64_t index) {
+void backward_row(const DivergenceRows& c, int64_t index, RowGradient<TS>* gradient) {
   using S = compute_t<TS>;
   Row<TS, TT> r(c, index);
   const double upstream = per_row<S>(c.upstream, index, 1);
   const double factor = r.stats[kFactor] == S(0) ? 0 : r.stats[kFactor] * upstream;
-  if (factor == 0) return r.fill(c, S(0));
-  if (kd::is_nan(r.stats[kValue])) return r.fill(c, static_cast<S>(__builtin_nan("")));
+  if (factor == 0) return r.fill(c, S(0), gradient);
+  if (kd::is_nan(r.stats[kValue])) return r.fill(c, static_cast<S>(__builtin_nan("")), gradient);
   r.z.max = r.stats[kMaxS];
   r.a.max = r.stats[kMaxT];
   const double sum_s = r.stats[kSumS];
   r.n.set_sums(sum_s, decoded_quotient(r.stats[kSumT]) * sum_s);
-  r.clear_padding(c);
+  r.clear_padding(c, gradient->target.last);
   const double slope = r.stats[kSlope];
   if (slope < 0) r.n.kind.overlap = S(1);
   GradientScale<S> scale;
@@ -411,54 +415,70 @@ void backward_row(const DivergenceRows& c, int64_t index) {
     label = label_term<TS, S>(r.z, c.labels[index * c.label_stride], r.stats[kLabelLse],
                               factor * c.spec.label_weight);
   }
-  gradients_from_logits(c, r, scale, label, factor, r.stats[kDivergence]);
+  gradients_from_logits(c, r, scale, label, factor, r.stats[kDivergence], gradient);
 }
 
 template <class TS, class TT>
-void rows(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
-  PendingGradient<TS> pending;
-  for (int64_t row = begin; row < end; ++row) {
-    if (forward) {
-      forward_row<TS, TT>(c, row, &pending);
-    } else {
-      backward_row<TS, TT>(c, row);
+void row(const DivergenceRows& c, bool forward, int64_t index, RowGradient<TS>* gradient) {
+  forward ? forward_row<TS, TT>(c, index, gradient) : backward_row<TS, TT>(c, index, gradient);
+}
+
+// Row by row all parts of the sum: the student's row and the sum of the gradients stay in the
+// cache.
+template <class TS>
+void rows(const DivergenceRows* parts, int64_t count, bool forward, int64_t begin, int64_t end) {
+  using S = compute_t<TS>;
+  RowGradient<TS> gradient;
+  S* sum = nullptr;
+  if (count > 1 && parts->grad_student.data != nullptr) {
+    // A vector may start at the row's last entry (write_row behind an unaligned head).
+    const int64_t length = parts->student_columns + Lanes<TS>::kLanes;
+    sum = reinterpret_cast<S*>(block_scratch(static_cast<size_t>(length) * sizeof(S)));
+  }
+  for (int64_t index = begin; index < end; ++index) {
+    bool holds = false;
+    for (int64_t k = 0; k < count; ++k) {
+      const DivergenceRows& c = parts[k];
+      gradient.target = {row_of<TS>(c.grad_student, index), sum, holds, k == count - 1,
+                         c.fresh_gradient};
+      if constexpr (sizeof(S) == 8) {
+        row<TS, double>(c, forward, index, &gradient);
+      } else if (c.teacher.dtype == DType::kFloat16) {
+        row<TS, f16>(c, forward, index, &gradient);
+      } else if (c.teacher.dtype == DType::kBFloat16) {
+        row<TS, bf16>(c, forward, index, &gradient);
+      } else {
+        row<TS, float>(c, forward, index, &gradient);
+      }
+      holds = gradient.target.holds;
     }
   }
-  pending.finish();
+  gradient.pending.finish();
 }
 
-template <class TS>
-void dispatch_teacher(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
-  switch (c.teacher.dtype) {
-    case DType::kFloat16:
-      return rows<TS, f16>(c, forward, begin, end);
-    case DType::kBFloat16:
-      return rows<TS, bf16>(c, forward, begin, end);
-    default:
-      return rows<TS, float>(c, forward, begin, end);
-  }
-}
-
-void dispatch(const DivergenceRows& c, bool forward, int64_t begin, int64_t end) {
-  switch (c.student.dtype) {
+void dispatch(const DivergenceRows* parts, int64_t count, bool forward, int64_t begin,
+              int64_t end) {
+  switch (parts->student.dtype) {
     case DType::kFloat64:
-      return rows<double, double>(c, forward, begin, end);
+      return rows<double>(parts, count, forward, begin, end);
     case DType::kFloat16:
-      return dispatch_teacher<f16>(c, forward, begin, end);
+      return rows<f16>(parts, count, forward, begin, end);
     case DType::kBFloat16:
-      return dispatch_teacher<bf16>(c, forward, begin, end);
+      return rows<bf16>(parts, count, forward, begin, end);
     default:
-      return dispatch_teacher<float>(c, forward, begin, end);
+      return rows<float>(parts, count, forward, begin, end);
   }
 }
 
 }  // namespace
 
-void divergence_forward_rows(const DivergenceRows& call, int64_t begin, int64_t end) {
-  dispatch(call, true, begin, end);
+void divergence_forward_rows(const DivergenceRows* parts, int64_t count, int64_t begin,
+                             int64_t end) {
+  dispatch(parts, count, true, begin, end);
 }
-void divergence_backward_rows(const DivergenceRows& call, int64_t begin, int64_t end) {
-  dispatch(call, false, begin, end);
+void divergence_backward_rows(const DivergenceRows* parts, int64_t count, int64_t begin,
+                              int64_t end) {
+  dispatch(parts, count, false, begin, end);
 }
 
 }  // namespace KDK_ISA_NAMESPACE

@@ -46,6 +46,47 @@ void fill_row(T* out, int64_t begin, int64_t end, compute_t<T> number) {
   for (int64_t i = begin; i < end; ++i) out[i] = filled;
 }
 
+// Where the student gradient of a row goes: to the row's gradient or, of a sum of several parts,
+// into a row in the compute type that stays in the cache, until the last part writes the sum,
+// rounded once.
+template <class T>
+struct GradientTarget {
+  using S = compute_t<T>;
+  T* out = nullptr;
+  S* sum = nullptr;    // null: a plain call. A vector longer than the row
+  bool holds = false;  // earlier parts have left something in sum
+  bool last = true;
+  bool around_cache = false;
+
+  bool streams() const { return last && around_cache; }
+
+  // Entries [begin, begin + n) get value(i, V) for i in [0, n), beside what earlier parts gave.
+  template <class V, class Value>
+  KD_LANES void write(int64_t begin, int64_t n, const Value& value) const {
+    const auto added = [&](int64_t i) { return V::load(sum + (begin + i)) + value(i); };
+    if constexpr (sizeof(T) == sizeof(S)) {  // out and sum are of one type
+      T* const to = last ? out : sum;
+      holds ? write_row<V>(to + begin, n, streams(), added)
+            : write_row<V>(to + begin, n, streams(), value);
+    } else if (last) {
+      holds ? write_row<V>(out + begin, n, around_cache, added)
+            : write_row<V>(out + begin, n, around_cache, value);
+    } else {
+      holds ? write_row<V>(sum + begin, n, false, added)
+            : write_row<V>(sum + begin, n, false, value);
+    }
+  }
+
+  S before(int64_t index) const { return holds ? sum[index] : S(0); }
+  void put(int64_t index, S number) const {
+    if (last) {
+      out[index] = cast<T>(number);
+    } else {
+      sum[index] = number;
+    }
+  }
+};
+
 // Cross entropy with the label at tau = 1, beside the divergence.
 template <class S>
 struct LabelTerm {
@@ -78,10 +119,11 @@ struct GradientScale {
 template <class TS, class TT, class S>
 void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers<S>& row,
                           DivergenceGroup group, const GradientScale<S>& scale,
-                          const LabelTerm<S>& label, TS* grad_s, TT* grad_t, bool around_cache,
+                          const LabelTerm<S>& label, const GradientTarget<TS>& grad_s, TT* grad_t,
                           double* moment_s, double* moment_t) {
   using V = Lanes<TS>;
-  alignas(64) S q[kBlock], s[kBlock], p[kBlock], t[kBlock], soft[kBlock];
+  // s is stored from behind an unaligned head: a vector may start at its last entry.
+  alignas(64) S q[kBlock], s[kBlock + V::kLanes], p[kBlock], t[kBlock], soft[kBlock];
   const int64_t columns = z.columns > a.columns ? z.columns : a.columns;
   const Entries<TS, TT> entries(z, a, row);
   const bool both = grad_t != nullptr || moment_s != nullptr;
@@ -114,16 +156,15 @@ void gradient_from_logits(const Side<TS>& z, const Side<TT>& a, const RowNumbers
     if (label.index >= begin && label.index < begin + n)
       s[label.index - begin] -= label.coefficient;
     const auto left = [&](int64_t end) { return end - begin < n ? end - begin : n; };
-    if (grad_s != nullptr && left(z.columns) > 0) {
-      write_row<V>(grad_s + begin, left(z.columns), around_cache,
-                   [&](int64_t i) { return V::load(s + i); });
+    if (grad_s.out != nullptr && left(z.columns) > 0) {
+      grad_s.template write<V>(begin, left(z.columns), [&](int64_t i) { return V::load(s + i); });
     }
     if (grad_t != nullptr && left(a.columns) > 0) {
       write_row<V>(grad_t + begin, left(a.columns), false,
                    [&](int64_t i) { return V::load(t + i); });
     }
   }
-  if (around_cache) stream_fence();
+  if (grad_s.streams()) stream_fence();
   if (moment_s != nullptr) *moment_s = sum_s;
   if (moment_t != nullptr) *moment_t = sum_t;
 }
@@ -136,15 +177,19 @@ struct ScratchGradient {
   bool product = false;
 };
 
+// Entries [begin, begin + n) of a student gradient from scratch.
 template <class T, class S, class Value>
-KD_LANES void write_with_label(const Side<T>& z, const LabelTerm<S>& label, T* out,
-                               bool around_cache, const Value& value) {
+KD_LANES void write_with_label(const Side<T>& z, int64_t begin, int64_t n,
+                               const LabelTerm<S>& label, const GradientTarget<T>& to,
+                               const Value& value) {
   using V = Lanes<T>;
-  if (!label.active) return write_row<V>(out, z.columns, around_cache, value);
+  if (!label.active) return to.template write<V>(begin, n, value);
   // The label's softmax is at another temperature, so not in scratch.
   const V log2e(static_cast<S>(kLog2E)), top(label.max), lse(label.lse), cl(label.coefficient);
-  write_row<V>(out, z.columns, around_cache, [&](int64_t i) {
-    const V logit = load_logits<V>(z.logits + i, z.columns - i);
+  const T* const logits = z.logits + begin;
+  const int64_t left = z.columns - begin;
+  to.template write<V>(begin, n, [&](int64_t i) {
+    const V logit = load_logits<V>(logits + i, left - i);
     const V soft = exp2(max(V(kDead), fms(logit, log2e, top)) - lse);
     return fma(cl, soft, value(i));
   });
@@ -152,17 +197,21 @@ KD_LANES void write_with_label(const Side<T>& z, const LabelTerm<S>& label, T* o
 
 template <class T, class S>
 void gradient_from_scratch(const S* x, const S* y, const ScratchGradient<S>& c, const Side<T>& z,
-                           const LabelTerm<S>& label, T* out, bool around_cache) {
+                           int64_t begin, int64_t end, const LabelTerm<S>& label,
+                           const GradientTarget<T>& to) {
   using V = Lanes<T>;
   const V cx(c.cx), cy(c.cy), cr(c.cr);
+  const int64_t n = end - begin;
+  x += begin;
+  y += begin;
   if (!c.product) {
-    write_with_label(z, label, out, around_cache,
+    write_with_label(z, begin, n, label, to,
                      [&](int64_t i) { return fma(V::load(y + i), cy, V::load(x + i) * cx); });
   } else if (c.cr == S(0)) {
-    write_with_label(z, label, out, around_cache,
+    write_with_label(z, begin, n, label, to,
                      [&](int64_t i) { return V::load(x + i) * fma(V::load(y + i), cy, cx); });
   } else {
-    write_with_label(z, label, out, around_cache, [&](int64_t i) {
+    write_with_label(z, begin, n, label, to, [&](int64_t i) {
       const V d = V::load(y + i);
       return V::load(x + i) * fma(cr, exp2(d), fma(d, cy, cx));
     });
@@ -170,8 +219,9 @@ void gradient_from_scratch(const S* x, const S* y, const ScratchGradient<S>& c, 
 }
 
 // The student gradient of the row whose terms lie in scratch. It is written block by block while
-// the next row's statistics take the scratch over: each block is then read and overwritten while it
-// is in the nearest cache, and the memory reads logits while it writes gradients.
+// the next statistics (of the next row, or of the row's next part) take the scratch over: each
+// block is then read and overwritten while it is in the nearest cache, and the memory reads logits
+// while it writes gradients.
 template <class T>
 class PendingGradient {
   using S = compute_t<T>;
@@ -179,14 +229,13 @@ class PendingGradient {
  public:
   // Everything pointed to stays as it is until finish().
   void start(const S* x, const S* y, const ScratchGradient<S>& from, const Side<T>& z,
-             const LabelTerm<S>& label, T* out, bool around_cache) {
+             const LabelTerm<S>& label, const GradientTarget<T>& to) {
     x_ = x;
     y_ = y;
     from_ = from;
     z_ = z;
     label_ = label;
-    out_ = out;
-    around_cache_ = around_cache;
+    to_ = to;
     done_ = 0;
     replaced_ = -1;
   }
@@ -194,23 +243,22 @@ class PendingGradient {
   // The entry `index` gets `value` instead of what scratch says.
   void replace(int64_t index, S value) {
     replaced_ = index;
-    replacement_ = value;
+    replacement_ = to_.before(index) + value;
   }
 
   // Entries below `end`; afterwards that part of the scratch is free.
   void write_upto(int64_t end) {
     if (end > z_.columns) end = z_.columns;
     if (done_ >= end) return;
-    const Side<T> part{z_.logits + done_, end - done_, z_.scale, z_.max};
-    gradient_from_scratch(x_ + done_, y_ + done_, from_, part, label_, out_ + done_, around_cache_);
+    gradient_from_scratch(x_, y_, from_, z_, done_, end, label_, to_);
     done_ = end;
   }
 
   void finish() {
     if (z_.columns == 0) return;
     write_upto(z_.columns);
-    if (around_cache_) stream_fence();
-    if (replaced_ >= 0) out_[replaced_] = cast<T>(replacement_);
+    if (to_.streams()) stream_fence();
+    if (replaced_ >= 0) to_.put(replaced_, replacement_);
     z_.columns = 0;
   }
 
@@ -220,10 +268,38 @@ class PendingGradient {
   ScratchGradient<S> from_;
   Side<T> z_{nullptr, 0, S(0), S(0)};
   LabelTerm<S> label_;
-  T* out_ = nullptr;
+  GradientTarget<T> to_;
   int64_t done_ = 0, replaced_ = -1;
   S replacement_ = 0;
-  bool around_cache_ = false;
+};
+
+// The student gradient of the row that a thread is at.
+template <class T>
+struct RowGradient {
+  using S = compute_t<T>;
+  PendingGradient<T> pending;
+  GradientTarget<T> target;
+
+  // Before target is written to directly: what the row's earlier parts left to be written.
+  void settle() {
+    if (target.sum != nullptr) pending.finish();
+  }
+
+  // This part gives every entry the same number: 0 or NaN.
+  void fill(int64_t columns, int64_t width, S number) {
+    settle();
+    if (!target.last) {
+      if (number == S(0)) return;
+      fill_row(target.sum, 0, columns, number);
+      target.holds = true;
+    } else if (!target.holds || number != S(0)) {
+      fill_row(target.out, 0, width, number);
+    } else {
+      target.template write<Lanes<T>>(0, columns, [](int64_t) { return Lanes<T>::zero(); });
+      if (target.streams()) stream_fence();
+      fill_row(target.out, columns, width, S(0));
+    }
+  }
 };
 
 }  // namespace KDK_ISA_NAMESPACE

@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "divergence/divergence_check.h"
 #include "divergence/divergence_rows.h"
 
 namespace kd::cpu {
@@ -253,9 +254,13 @@ int64_t grain(const DivergenceRows& call) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.student_width));
 }
 
-}  // namespace
+// One entry a row.
+struct Numbers {
+  std::vector<uint8_t> selected;
+  std::vector<double> all;  // unit, factor, values
+};
 
-void divergence_fwd(const DivergenceArgs& args) {
+DivergenceRows prepare_forward(const DivergenceArgs& args, Numbers* numbers) {
   DivergenceRows call = prepare(args);
   const int64_t rows = args.student.shape[0];
   const DType compute = args.student.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -272,14 +277,15 @@ void divergence_fwd(const DivergenceArgs& args) {
     check_cpu(args.num_items, "num_items");
     check_dtype(args.num_items, "num_items", compute);
   }
-  const std::vector<uint8_t> selected = selected_rows(args, rows);
+  numbers->selected = selected_rows(args, rows);
+  const std::vector<uint8_t>& selected = numbers->selected;
   check_labels(args, call, selected);
   check_temperature(args.student_temperature, args.spec.student_temperature, "temperature",
                     selected);
   check_temperature(args.teacher_temperature, args.spec.teacher_temperature, "teacher_temperature",
                     selected);
-  std::vector<double> numbers(static_cast<size_t>(3 * rows));
-  double *unit = numbers.data(), *factor = unit + rows, *values = factor + rows;
+  numbers->all.resize(static_cast<size_t>(3 * rows));
+  double *unit = numbers->all.data(), *factor = unit + rows;
   unit_factors(args, selected, unit);
   for (int64_t i = 0; i < rows; ++i) {
     const bool used = unit[i] != 0 && args.weight;
@@ -288,20 +294,11 @@ void divergence_fwd(const DivergenceArgs& args) {
   call.selected = selected.data();
   call.unit = unit;
   call.factor = factor;
-  call.values = values;
-  prepare_gradient(args.grad_student, args.student, &call.fresh_gradient);
-  const auto kernel = KD_PICK_ISA(divergence_forward_rows);
-  parallel_for(0, rows, grain(call), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
-  if (none) {
-    for (int64_t i = 0; i < rows; ++i) put(args.value, i * args.value.stride[0], values[i]);
-    return;
-  }
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) total += values[i];
-  put(args.value, 0, total);
+  call.values = factor + rows;
+  return call;
 }
 
-void divergence_bwd(const DivergenceArgs& args) {
+DivergenceRows prepare_backward(const DivergenceArgs& args) {
   DivergenceRows call = prepare(args);
   const int64_t rows = args.student.shape[0];
   const DType compute = args.student.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -311,9 +308,67 @@ void divergence_bwd(const DivergenceArgs& args) {
   check_dtype(args.upstream, "upstream", compute);
   if (args.upstream.ndim == 1) check_per_row(args.upstream, "upstream", rows);
   call.upstream = {args.upstream.data, args.upstream.ndim == 1 ? args.upstream.stride[0] : 0};
-  prepare_gradient(args.grad_student, args.student, &call.fresh_gradient);
+  return call;
+}
+
+// What the parts of a sum have in common: the gradient, and the layout of the scratch.
+void share(const DivergenceArgs* parts, std::vector<DivergenceRows>* calls) {
+  bool fresh = false;
+  prepare_gradient(parts->grad_student, parts->student, &fresh);
+  int64_t widest = 0;
+  for (const DivergenceRows& call : *calls) {
+    widest = std::max({widest, call.student_columns, call.teacher_columns});
+  }
+  for (DivergenceRows& call : *calls) {
+    call.fresh_gradient = fresh;
+    call.widest = widest;
+  }
+}
+
+}  // namespace
+
+void divergence_fwd(const DivergenceArgs& args) {
+  divergence_sum_fwd(&args, 1);
+}
+
+void divergence_bwd(const DivergenceArgs& args) {
+  divergence_sum_bwd(&args, 1);
+}
+
+void divergence_sum_fwd(const DivergenceArgs* parts, int64_t count) {
+  check_sum(parts, count);
+  const int64_t rows = parts->student.shape[0];
+  std::vector<Numbers> numbers(static_cast<size_t>(count));
+  std::vector<DivergenceRows> calls;
+  calls.reserve(static_cast<size_t>(count));
+  for (int64_t k = 0; k < count; ++k) calls.push_back(prepare_forward(parts[k], &numbers[k]));
+  share(parts, &calls);
+  const auto kernel = KD_PICK_ISA(divergence_forward_rows);
+  parallel_for(0, rows, grain(calls[0]),
+               [&](int64_t begin, int64_t end) { kernel(calls.data(), count, begin, end); });
+  for (int64_t k = 0; k < count; ++k) {
+    const double* values = calls[k].values;
+    const View& value = parts[k].value;
+    if (value.ndim == 1) {
+      for (int64_t i = 0; i < rows; ++i) put(value, i * value.stride[0], values[i]);
+      continue;
+    }
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i) total += values[i];
+    put(value, 0, total);
+  }
+}
+
+void divergence_sum_bwd(const DivergenceArgs* parts, int64_t count) {
+  check_sum(parts, count);
+  const int64_t rows = parts->student.shape[0];
+  std::vector<DivergenceRows> calls;
+  calls.reserve(static_cast<size_t>(count));
+  for (int64_t k = 0; k < count; ++k) calls.push_back(prepare_backward(parts[k]));
+  share(parts, &calls);
   const auto kernel = KD_PICK_ISA(divergence_backward_rows);
-  parallel_for(0, rows, grain(call), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  parallel_for(0, rows, grain(calls[0]),
+               [&](int64_t begin, int64_t end) { kernel(calls.data(), count, begin, end); });
 }
 
 }  // namespace kd::cpu

@@ -201,11 +201,61 @@ class RowPair {
   RowChunks<kChunk> z_chunks_, a_chunks_;
 };
 
+// One row of a type known at run time. Vectors where it begins on 16 bytes, single elements
+// elsewhere.
+template <class F>
+struct AnyRow {
+  char* data;
+  int64_t columns;
+  DType dtype;
+  bool vectors;
+
+  KD_DEVICE AnyRow(const Rows& rows, int64_t row, int64_t columns_)
+      : data(nullptr), columns(columns_), dtype(rows.dtype) {
+    if (rows.data) data = static_cast<char*>(rows.data) + row * rows.stride * bytes_of(dtype);
+    vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && dtype != DType::kFloat64;
+  }
+
+  KD_DEVICE F at(int64_t column) const {
+    return data && column >= 0 && column < columns ? read_any<F>(data, dtype, column)
+                                                   : F(-kInfinity);
+  }
+  KD_DEVICE void load(int64_t first, F (&out)[kChunk]) const {
+    if (!data || !vectors || first + kChunk > columns) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) out[i] = at(first + i);
+    } else if (dtype == DType::kFloat32) {
+      widen(kd::load<kChunk>(reinterpret_cast<const float*>(data) + first), out);
+    } else {
+      const Vec<bf16, kChunk> raw = kd::load<kChunk>(reinterpret_cast<const bf16*>(data) + first);
+      const bool brain = dtype == DType::kBFloat16;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        out[i] = brain ? to_float(raw.data[i]) : to_float(f16{raw.data[i].bits});
+      }
+    }
+  }
+  KD_DEVICE void store(int64_t first, const F (&value)[kChunk]) const {
+    if (!vectors || first + kChunk > columns) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (first + i < columns) write_any(data, dtype, first + i, value[i]);
+      }
+    } else if (dtype == DType::kFloat32) {
+      kd::store<true>(reinterpret_cast<float*>(data) + first, narrow<float>(value));
+    } else if (dtype == DType::kBFloat16) {
+      kd::store<true>(reinterpret_cast<bf16*>(data) + first, narrow<bf16>(value));
+    } else {
+      kd::store<true>(reinterpret_cast<f16*>(data) + first, narrow<f16>(value));
+    }
+  }
+};
+
 // Stands for a storage type that is known at run time only.
 struct AnyFloat {};
 
-// Rows of types known at run time, which may differ. Vectors where a row begins on 16 bytes, single
-// elements elsewhere: a tenth of the code that all pairs of types would be.
+// Rows of types known at run time, which may differ: a tenth of the code that all pairs of types
+// would be.
 template <class F>
 class RowPair<AnyFloat, F> {
  public:
@@ -237,54 +287,7 @@ class RowPair<AnyFloat, F> {
   }
 
  private:
-  struct Row {
-    char* data;
-    int64_t columns;
-    DType dtype;
-    bool vectors;
-
-    KD_DEVICE Row(const Rows& rows, int64_t row, int64_t columns_)
-        : data(nullptr), columns(columns_), dtype(rows.dtype) {
-      if (rows.data) data = static_cast<char*>(rows.data) + row * rows.stride * bytes_of(dtype);
-      vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && dtype != DType::kFloat64;
-    }
-
-    KD_DEVICE F at(int64_t column) const {
-      return data && column >= 0 && column < columns ? read_any<F>(data, dtype, column)
-                                                     : F(-kInfinity);
-    }
-    KD_DEVICE void load(int64_t first, F (&out)[kChunk]) const {
-      if (!data || !vectors || first + kChunk > columns) {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) out[i] = at(first + i);
-      } else if (dtype == DType::kFloat32) {
-        widen(kd::load<kChunk>(reinterpret_cast<const float*>(data) + first), out);
-      } else {
-        const Vec<bf16, kChunk> raw = kd::load<kChunk>(reinterpret_cast<const bf16*>(data) + first);
-        const bool brain = dtype == DType::kBFloat16;
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          out[i] = brain ? to_float(raw.data[i]) : to_float(f16{raw.data[i].bits});
-        }
-      }
-    }
-    KD_DEVICE void store(int64_t first, const F (&value)[kChunk]) const {
-      if (!vectors || first + kChunk > columns) {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          if (first + i < columns) write_any(data, dtype, first + i, value[i]);
-        }
-      } else if (dtype == DType::kFloat32) {
-        kd::store<true>(reinterpret_cast<float*>(data) + first, narrow<float>(value));
-      } else if (dtype == DType::kBFloat16) {
-        kd::store<true>(reinterpret_cast<bf16*>(data) + first, narrow<bf16>(value));
-      } else {
-        kd::store<true>(reinterpret_cast<f16*>(data) + first, narrow<f16>(value));
-      }
-    }
-  };
-
-  Row z_, a_, gz_, ga_;
+  AnyRow<F> z_, a_, gz_, ga_;
   int64_t count_;
 };
 

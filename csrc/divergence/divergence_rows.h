@@ -28,6 +28,7 @@ struct DivergenceRows {
   bool fresh_gradient = false;      // grad_student is written for the first time and large
   int64_t student_width = 0, teacher_width = 0;      // allocated columns
   int64_t student_columns = 0, teacher_columns = 0;  // valid columns, <= width
+  int64_t widest = 0;                                // valid columns of the widest row of all parts
   const int64_t* labels = nullptr;                   // only with label_weight != 0
   int64_t label_stride = 0;
   PerRow student_temperature, teacher_temperature, first, second, upstream;
@@ -45,10 +46,11 @@ struct DivergenceRows {
   DivergenceSpec spec;
 };
 
-// Forward or backward of rows [begin, end). Rows are independent of each other.
-KD_DECLARE_PER_ISA(void divergence_forward_rows(const DivergenceRows& call, int64_t begin,
-                                                int64_t end))
-KD_DECLARE_PER_ISA(void divergence_backward_rows(const DivergenceRows& call, int64_t begin,
-                                                 int64_t end))
+// Forward or backward of rows [begin, end). Rows are independent of each other. The parts of a sum
+// share student, grad_student and what selects rows; `count` 1 is a plain call.
+KD_DECLARE_PER_ISA(void divergence_forward_rows(const DivergenceRows* parts, int64_t count,
+                                                int64_t begin, int64_t end))
+KD_DECLARE_PER_ISA(void divergence_backward_rows(const DivergenceRows* parts, int64_t count,
+                                                 int64_t begin, int64_t end))
 
 }  // namespace kd

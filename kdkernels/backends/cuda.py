@@ -28,6 +28,9 @@ def why_not() -> str:
 if not isinstance(_C, str) and hasattr(_C, "cuda_info"):
     divergence_fwd = _C.divergence_fwd
     divergence_bwd = _C.divergence_bwd
+    divergence_sum_fwd = _C.divergence_sum_fwd
+    divergence_sum_bwd = _C.divergence_sum_bwd
+    DIVERGENCE_SUM_PARTS = _C.DIVERGENCE_SUM_PARTS
     token_stats = _C.token_stats
     label_log_probs_fwd = _C.label_log_probs_fwd
     label_log_probs_bwd = _C.label_log_probs_bwd

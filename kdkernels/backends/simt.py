@@ -16,6 +16,9 @@ def why_not() -> str:
 if not isinstance(_simt, str):
     divergence_fwd = _simt.divergence_fwd
     divergence_bwd = _simt.divergence_bwd
+    divergence_sum_fwd = _simt.divergence_sum_fwd
+    divergence_sum_bwd = _simt.divergence_sum_bwd
+    DIVERGENCE_SUM_PARTS = _simt.DIVERGENCE_SUM_PARTS
     token_stats = _simt.token_stats
     label_log_probs_fwd = _simt.label_log_probs_fwd
     label_log_probs_bwd = _simt.label_log_probs_bwd

@@ -510,6 +510,11 @@ def scale(tensor: Tensor, factor: Tensor) -> None:
     tensor.mul_(factor.to(tensor.dtype))
 
 
+from .torch_divergence_sum import (  # noqa: E402,F401
+    DIVERGENCE_SUM_PARTS,
+    divergence_sum_bwd,
+    divergence_sum_fwd,
+)
 from .torch_token_stats import (  # noqa: E402,F401  needs the functions above
     label_log_probs_bwd,
     label_log_probs_fwd,

@@ -1,10 +1,10 @@
 """`divergence` with the options that its kernels do not know, composed from calls of the plain one.
 
 Some options only change what the kernels read (another teacher row, another temperature, a few
-columns): one plain call. Sums over teachers or over kinds that do not share a pass are that many
-plain calls, each with its gradient made in the forward pass; where the sum must be looked at before
-it is reduced (a token bound on a sum, a quantile), the calls give row values and the reduction is
-torch's (`reduce_rows`).
+columns): one plain call. Sums over teachers or over kinds that do not share a pass are one call of
+the kernels' sums where that fits (`summed`), else that many plain calls, each with its gradient
+made in the forward pass; where the sum must be looked at before it is reduced (a token bound on a
+sum, a quantile), the calls give row values and the reduction is torch's (`reduce_rows`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .checks import check_floats, check_number, per_row, same_device
 from .kinds import KINDS, parts_of
 from .mixed_teacher import teacher_logits
 from .reduction import check_reduction, reduce_rows, row_quantile, selected_rows
+from .summed import fits, summed
 from .support import Cells, check_stored, parse_support, row_spread
 
 _LABEL_ALONE = (("entropy", 0.0),)
@@ -130,9 +131,11 @@ def composed(
         or (normalize == "weights" and not plain)
         or any(part.mass is not None for part in parts)
     )
-    if inplace and (by_rows or hidden or not plain):
+    one_pass = not (by_rows or hidden or plain) and fits(student, parts, inplace)
+    if inplace and (by_rows or hidden or not (plain or one_pass)):
         raise ValueError(
-            "inplace: not with several teachers or sums, standardize, support or a quantile"
+            "inplace: not with standardize, support, a quantile, or several teachers or sums that "
+            "one pass does not serve (docs/divergence.md)"
         )
     label_alone = {
         "student": student,
@@ -146,6 +149,9 @@ def composed(
             divergence, parts, label_alone, rows, bounds, weight,
             _squares(temperature) if squared else None,
         )  # fmt: skip
+    if one_pass:
+        options = {**rows, "clip": bounds, "weight": weight, "temperature_squared": squared}
+        return summed(student, parts, label_alone, options, inplace)
     outer = _squares(temperature) if squared and hidden else 1.0
     label_left = label_weight
     total = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import token_stats as ops
 from ..ops.common import compute_dtype
 from .checks import check_floats, check_number, per_row, same_device
-from .divergence import _check_rows, _check_teacher, _columns, _labels, _mask, _may_look
+from .plain_call import _check_rows, _check_teacher, _columns, _labels, _mask, _may_look
 
 
 class TokenStats(NamedTuple):

@@ -162,6 +162,7 @@ void test_scratch() {
     std::memset(p, 0x5a, bytes);
     CHECK(kd::scratch(bytes) == p);  // no reallocation for what already fits
     CHECK(kd::scratch(bytes / 2) == p);
+    CHECK(kd::block_scratch(bytes) != p && kd::scratch(bytes) == p);  // two buffers
   }
   bool refused = false;
   try {

@@ -27,7 +27,10 @@ from .divergence_math import (
     INFINITY,
     NO_KIND,
     SKEW_REVERSE,
+    excess_of,
     hardly_overlaps,
+    log1p,
+    needs_correction,
     outer_value,
     overlap_terms,
     stopped_and_flowing,
@@ -63,7 +66,7 @@ from .divergence_rows import (
 )
 
 # Columns a tile, at 8 entries a thread: one 16-byte load of half logits. Compiled for sm_80 and
-# sm_90 that takes up to 237 registers and 32 bytes of stack; 16 a thread take 255 and spill.
+# sm_90 that takes up to 237 registers and 48 bytes of stack; 16 a thread take 255 and spill.
 # Run times are not measured yet.
 _BLOCK = 2048
 _ENTRIES = 8
@@ -219,10 +222,15 @@ def _selected_row(
                 small = cross
         centre_t = tl.where(no_q, INFINITY, centre_t)
         unfinished = tl.where((small < SMALL) & (no_q == 0), 1, 0)
-    if unfinished != 0:
+    # The normalisers are rounded, so all d are off by one common number: 1e-7, which is much where
+    # the rows differ by little. sum (q - p) is that number; where it counts, `gap` is corrected and
+    # the row is read once more.
+    reads = tl.full((), 0, tl.int32)
+    while unfinished != 0:
         sum_value = tl.zeros((BLOCK,), tl.float32)
         sum_cs = tl.zeros((BLOCK,), tl.float32)
         sum_ct = tl.zeros((BLOCK,), tl.float32)
+        sum_excess = tl.zeros((BLOCK,), tl.float32)
         lost_p = tl.zeros((BLOCK,), tl.float32)  # p of entries with q = 0
         lost_q = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, end, BLOCK):
@@ -243,6 +251,7 @@ def _selected_row(
             sum_cs += cs
             if HAS_TEACHER:
                 sum_ct += ct
+                sum_excess += excess_of(p, q, d)
                 lost_p += tl.where(z == -INFINITY, p, 0.0)
                 lost_q += tl.where(a == -INFINITY, q, 0.0)
         value = tl.sum(sum_value, 0)
@@ -250,6 +259,13 @@ def _selected_row(
         centre_t = tl.sum(sum_ct, 0)
         no_q = tl.sum(lost_p, 0) > 0
         no_p = tl.sum(lost_q, 0) > 0
+        unfinished = tl.full((), 0, tl.int32)
+        if HAS_TEACHER:
+            excess = tl.sum(sum_excess, 0)
+            again = (reads == 0) & needs_correction(excess, value, KIND)
+            unfinished = tl.where(again, 1, 0)
+            gap = tl.where(again, gap - log1p(excess), gap)
+        reads += 1
     overlap = tl.full((), 0.0, tl.float32)
     if OUTER >= BHATTACHARYYA and ELEMENT == 0:
         if hardly_overlaps(value, first, OUTER):
@@ -310,7 +326,7 @@ def _selected_row(
     tl.store(stats + MAX_S, max_s)
     tl.store(stats + SUM_S, sum_s)
     tl.store(stats + MAX_T, max_t)
-    tl.store(stats + SUM_T, sum_t)
+    tl.store(stats + SUM_T, gap)  # the sum is sum_s e^gap, which keeps the correction
     tl.store(stats + DIVERGENCE, divergence)
     tl.store(stats + CENTRE_S, centre_s)
     tl.store(stats + CENTRE_T, centre_t)
@@ -321,7 +337,7 @@ def _selected_row(
         g = tl.load(stats + FACTOR)
         gradients(
             student, teacher, grad_student, grad_teacher, grad_tau, width_s, width_t, valid_s,
-            valid_t, label, r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse,
+            valid_t, label, r_s, sum_s, r_t, gap, divergence, centre_s, centre_t, slope, lse,
             value, g, tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip,
             element, F, R, X, H, KIND, DETACH, OUTER, SQUARED, CLIP, ELEMENT, LABEL, BLOCK,
         )  # fmt: skip

@@ -111,6 +111,24 @@ def kl_generator(p, difference, d):
 
 
 @triton.jit
+def excess_of(p, q, d):
+    """q - p, small beside p where d is."""
+    return tl.where(tl.abs(d) < 1.0, p * (small_gap(d) - d), q - p)
+
+
+@triton.jit
+def needs_correction(excess, value, KIND: tl.constexpr):
+    """Whether the common error of all d, `excess`, moves the value: by its square where d enters
+    squared, by itself in the probability and power groups. Never for rows that differ by more than
+    rounding does."""
+    size = tl.abs(excess)
+    moved = size
+    if KIND < TOTAL_VARIATION:
+        moved = size * size
+    return (moved > 1e-6 * value) & (size < 1e-3)
+
+
+@triton.jit
 def linear_terms(
     p, q, d, lp, lq, f, r, x, h, F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr
 ):

@@ -128,7 +128,7 @@ def fill(row_pointer, width, number, BLOCK: tl.constexpr):
 def gradients(
     student, teacher, grad_student, grad_teacher, grad_tau,  # this row's; None: not wanted
     widths_s, widths_t, valid_s, valid_t, label,
-    r_s, sum_s, r_t, sum_t, divergence, centre_s, centre_t, slope, lse, value, g,
+    r_s, sum_s, r_t, gap, divergence, centre_s, centre_t, slope, lse, value, g,
     tau_s, tau_t, first, second, f, r, x, h, other, label_weight, clip, element,
     F: tl.constexpr, R: tl.constexpr, X: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr,
     DETACH: tl.constexpr, OUTER: tl.constexpr, SQUARED: tl.constexpr, CLIP: tl.constexpr,
@@ -147,9 +147,9 @@ def gradients(
             tl.store(grad_tau + 1, number)
     else:
         k_s, k_t = 1.0 / tau_s, 1.0 / tau_t
-        one_s, one_t = tl.where(sum_s > 0, sum_s, 1.0), tl.where(sum_t > 0, sum_t, 1.0)
-        log_s, log_t = tl.log(one_s), tl.log(one_t)
-        gap = log_ratio(one_t, one_s)
+        one_s = tl.where(sum_s > 0, sum_s, 1.0)
+        log_s = tl.log(one_s)
+        one_t, log_t = one_s * tl.exp(gap), log_s + gap
         flows_s = (slope != 0) & (tl.abs(centre_s) < INFINITY)
         flows_t = (slope != 0) & (tl.abs(centre_t) < INFINITY)
         moment_s = tl.zeros((BLOCK,), tl.float32)
