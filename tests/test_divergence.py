@@ -113,6 +113,16 @@ def test_small_gaps_keep_their_relative_accuracy(backend, kind, gap):
             assert float(ratio[1:].max()) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", [k for k in ALL_KINDS if not KINDS[k].outer])
+def test_a_coefficient_multiplies_value_and_gradient(backend, kind):
+    student, teacher = logits(4, 203, std=2.0, device=backend.device)
+    for reduction in ("mean", "none"):
+        loss, gradient = run(student, teacher, ((kind, -0.25),), reduction=reduction)
+        whole, whole_gradient = run(student, teacher, kind, reduction=reduction)
+        torch.testing.assert_close(loss, -0.25 * whole, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(gradient, -0.25 * whole_gradient, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_small_gradients_of_a_collapsed_row(backend, reduction):
     """Two columns, one nearly certain: of the large entry's d, 3e-7, 4e-3 cancels."""

@@ -284,7 +284,7 @@ void forward_row(const DivergenceRows& c, int64_t index, PendingGradient<TS>* pe
     } else {
       terms = fast_terms<V>(x, y, padded<V>(columns), r.n, r.group, &q_unit);
       cx = -terms.student * q_unit;
-      cy = 1;
+      cy = r.n.kind.other;  // the terms in scratch are without it
       if (!(terms.value >= kExactBelowError * __builtin_sqrt(terms.square)) && ordinary) {
         terms.value = exact_terms(r.z, r.a, &r.n, r.group).value;
       }
