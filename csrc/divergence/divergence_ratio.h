@@ -70,9 +70,6 @@ struct FastTerms {
   double q_unit, shift, cy;
 };
 
-// Most that sqrt(sum scale^2) can be: a value below this much of it has to look.
-constexpr double kLargestScale = 4;
-
 // Pairs -------------------------------------------------------------------------------------------
 
 // Calls block(begin, end, ahead) backwards over n entries: the end of the row is what the
@@ -431,11 +428,12 @@ FastTerms fast_terms(S* x, S* y, int64_t n, Way way, const RowSums<S>& sums,
       const double kl = kLn2 * (sums.gap / sums.sum_t - row.exact_gap);
       fast = mixture_pass<Mixture::kJensenShannon, V>(x, y, n, sums, c, kl);
     }
-    if (fast.terms.value < kLargestScale * smallest) {
-      // p + q, twice for the skew kinds: their first-order terms cancel between entries alone.
-      const bool skew = c.total_variation == S(0) && (c.to_teacher == S(0) || c.to_student == S(0));
-      const double scale = (skew ? 4 : 2) * fast.q_unit;
-      fast.terms.square = scale * scale * sum_of_squares<V>(x, n);
+    // scale is p + q, twice for the skew kinds: their first-order terms cancel between entries
+    // alone. sum q^2 is 1 at most: a larger value need not know it.
+    const bool skew = c.total_variation == S(0) && (c.to_teacher == S(0) || c.to_student == S(0));
+    const double scale = skew ? 4 : 2;
+    if (fast.terms.value < scale * smallest) {
+      fast.terms.square = scale * scale * fast.q_unit * fast.q_unit * sum_of_squares<V>(x, n);
     }
   }
   const double other = c.other;
