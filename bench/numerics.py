@@ -287,8 +287,12 @@ def summary(errors: Sequence[Error]) -> str:
 
 def _worst_pair(errors: Sequence[Error]) -> str:
     columns = zip(*((error.loss_error, error.gradient_error) for error in errors), strict=True)
-    found = [None if None in column else max(column) for column in columns]
+    found = [None if None in column else _worst(column) for column in columns]
     return " / ".join("-" if v is None else f"{v:.0e}" for v in found) or "-"
+
+
+def _worst(values: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def _pair(error: Error | None) -> str:
