@@ -21,10 +21,13 @@ def cases(settings: Settings) -> list[Case]:
     """All cases for the device; `quick` shrinks them to a smoke test."""
     if settings.quick:
         rows, vocabulary, head_shape = 64, 4096, (64, 64, 4096)
+        kind_rows = 8
     elif settings.device == "cuda":
         rows, vocabulary, head_shape = 8192, 128256, (8192, 4096, 128256)
+        kind_rows = 2048
     else:
         rows, vocabulary, head_shape = 512, 128256, (512, 1024, 32768)
+        kind_rows = 128
     shape = (rows, vocabulary)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -38,6 +41,22 @@ def cases(settings: Settings) -> list[Case]:
             make("forward_kl loss", setup=bind(forward_kl_value), bytes=2 * tensor),
             # read student + read teacher + write gradient
             make("jensen_shannon loss+gradient", setup=bind(jensen_shannon), bytes=3 * tensor),
+        ]
+    # Every kind, at fewer rows: what PyTorch needs for one of them is tens of ours.
+    shape = (kind_rows, vocabulary)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = logits_bytes(shape, dtype)
+        found += [
+            Case(
+                f"kind {kind}",
+                shape=shape,
+                dtype=dtype,
+                setup=functools.partial(kind_gradient, kind, shape, dtype, settings),
+                # read student + read teacher + write gradient; entropy reads no teacher
+                bytes=(2 if kind == "entropy" else 3) * tensor,
+                unit_bytes=tensor,
+            )
+            for kind in peers.EAGER
         ]
     tiny = functools.partial(
         Case, shape=(4, 16), dtype=torch.float32, calls=50 if settings.quick else 500
@@ -141,6 +160,29 @@ def jensen_shannon(shape: Sequence[int], dtype: torch.dtype, settings: Settings)
         Variant(OURS, lambda: gradient_step(ours, (student, teacher))),
         *peer_variants(found, lambda loss: gradient_step(loss, (student, teacher))),
     ]
+
+
+def kind_gradient(
+    kind: str, shape: Sequence[int], dtype: torch.dtype, settings: Settings
+) -> list[Variant]:
+    """Loss and gradient of a kind at its default parameters, beside forward KL in the same run.
+
+    PyTorch and third parties run in float32 alone: what they do with half logits is the same.
+    """
+    student, teacher = make_logits(shape, dtype, settings.device)
+
+    def ours(kind: str) -> Step:
+        given = None if kind == "entropy" else teacher
+        loss = functools.partial(kd.divergence, kind=kind, temperature=TEMPERATURE)
+        return Step(lambda: torch.autograd.grad(loss(student, given), student))
+
+    found = [Variant(OURS, lambda: ours(kind))]
+    if kind != "forward_kl":
+        found.append(Variant(f"{OURS}, forward_kl", lambda: ours("forward_kl")))
+    if dtype == torch.float32:
+        others = peers.kind_peers(kind, TEMPERATURE, not settings.quick, settings.peers)
+        found += peer_variants(others, lambda loss: gradient_step(loss, (student, teacher)))
+    return found
 
 
 def overhead(backward: bool, settings: Settings) -> list[Variant]:

@@ -1,12 +1,14 @@
 """How exact losses and gradients are: ours and the peers' against float64, as CSV and Markdown.
 
     python bench/numerics.py --csv bench/results/numerics-cpu.csv --markdown
+    python bench/numerics.py --from-csv bench/results/numerics-cpu.csv --summary
 
-For each standard deviation of the logits and each student-teacher gap the inputs are rounded to the
-dtype first; float64 then computes from those rounded inputs, so an error is the method's own. Loss:
-relative error. Gradient: relative L2 error; rounding it to 16 bits alone costs about 1.6e-3 in
-bfloat16 and 2e-4 in float16. Float16 gradients are taken under a loss scale, as a gradient scaler
-does, because the entries of a mean over rows lie below float16's smallest normal number.
+For each standard deviation of the logits and each student-teacher gap the inputs are rounded to
+the dtype first; float64 then computes from those rounded inputs, so an error is the method's own.
+Half dtypes for the kinds in HALF_KINDS alone. Loss: relative error. Gradient: relative L2 error;
+rounding it to 16 bits alone costs about 1.6e-3 in bfloat16 and 2e-4 in float16. Float16 gradients
+are taken under a loss scale, as a gradient scaler does, because the entries of a mean over rows lie
+below float16's smallest normal number.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,9 @@ from . import harness, peers
 STDS = (1.0, 5.0, 10.0)
 GAPS = (1.0, 0.1, 0.01, 0.001)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KINDS = ("forward_kl", "jensen_shannon")
+KINDS = tuple(peers.EAGER)
+# Kinds measured in every dtype and with torch.compile.
+HALF_KINDS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 OURS = "kdkernels"
 LOSS_SCALE = {torch.float16: 2.0**12}
 
@@ -69,9 +72,11 @@ def reference(
     if kind == "forward_kl":
         # sum p (expm1(-d) + d) with d = log p - log q: no cancellation at any gap
         rows = _gap_sum(log_p, log_q)
-    else:
+    elif kind == "jensen_shannon":
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         rows = 0.5 * (_gap_sum(log_p, log_m) + _gap_sum(log_q, log_m))
+    else:
+        rows = peers.EAGER[kind](log_p, log_q)  # 16 digits leave enough at these gaps
     loss = rows.mean()
     (gradient,) = torch.autograd.grad(loss, student)
     return loss.detach(), gradient
@@ -97,10 +102,17 @@ def methods(kind: str, half: bool, compile: bool, third_party: bool) -> list[pee
     """Ours and every peer for a kind, at tau = 1."""
     import kdkernels as kd
 
-    ours = peers.Peer(OURS, lambda: functools.partial(kd.divergence, kind=kind), third_party=False)
+    def own(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd.divergence(student, None if kind == "entropy" else teacher, kind)
+
+    ours = peers.Peer(OURS, lambda: own, third_party=False)
     if kind == "forward_kl":
         return [ours, *peers.forward_kl_peers(1.0, half, compile, third_party)]
-    return [ours, *peers.jensen_shannon_peers(0.5, 1.0, compile, third_party)]
+    if kind == "jensen_shannon":
+        written = peers.kind_peers(kind, 1.0, compile, third_party=False)
+        return [ours, *written, *peers.jensen_shannon_peers(0.5, 1.0, compile, third_party)]
+    compile = compile and kind in HALF_KINDS
+    return [ours, *peers.kind_peers(kind, 1.0, compile, third_party)]
 
 
 def errors_of(
@@ -142,7 +154,7 @@ def measure(
     """Every method on every input, method by method so that each is loaded and compiled once."""
     machine = harness.describe_machine(device)
     for kind in kinds:
-        for dtype in dtypes:
+        for dtype in dtypes if kind in HALF_KINDS else dtypes[:1]:
             torch.compiler.reset()
             base = Error(
                 **{key: machine[key] for key in ("device", "date", "commit", "versions")},
@@ -245,6 +257,44 @@ def markdown(errors: Sequence[Error]) -> str:
     return "\n".join(lines)
 
 
+def summary(errors: Sequence[Error]) -> str:
+    """Two kinds of tables, the worst of the standard deviations in each cell: ours and the plain
+    formula for every kind in float32, and every method in every dtype for the kinds in HALF_KINDS.
+    """
+    worst: dict[tuple[str, str, str, float], list[Error]] = {}
+    for error in errors:
+        if error.gradient_error is not None:
+            key = (error.kind, error.dtype, error.variant, error.gap)
+            worst.setdefault(key, []).append(error)
+    gaps = sorted({key[3] for key in worst}, reverse=True)
+    head = " | ".join(f"gap {gap:g}" for gap in gaps)
+
+    def row(title: str, kind: str, dtype: str, variant: str) -> str:
+        cells = [_worst_pair(worst.get((kind, dtype, variant, gap), [])) for gap in gaps]
+        return f"| {title} | " + " | ".join(cells) + " |"
+
+    lines = [f"| float32: loss / gradient error | {head} |", "|---" * (len(gaps) + 1) + "|"]
+    for kind in dict.fromkeys(key[0] for key in worst):
+        lines.append(row(kind, kind, "float32", OURS))
+        lines.append(row(f"{kind}, eager", kind, "float32", "eager"))
+    for kind in HALF_KINDS:
+        lines += ["", f"| {kind}: loss / gradient error | {head} |"]
+        lines.append("|---" * (len(gaps) + 1) + "|")
+        for dtype, variant in dict.fromkeys(key[1:3] for key in worst if key[0] == kind):
+            lines.append(row(f"{dtype}, {variant}", kind, dtype, variant))
+    return "\n".join(lines)
+
+
+def _worst_pair(errors: Sequence[Error]) -> str:
+    columns = zip(*((error.loss_error, error.gradient_error) for error in errors), strict=True)
+    found = [None if None in column else _worst(column) for column in columns]
+    return " / ".join("-" if v is None else f"{v:.0e}" for v in found) or "-"
+
+
+def _worst(values: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def _pair(error: Error | None) -> str:
     if error is None:
         return "-"
@@ -263,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write, or with --from-csv nothing")
     parser.add_argument("--from-csv", type=Path, help="read these errors instead of measuring")
     parser.add_argument("--markdown", action="store_true", help="print the tables")
+    parser.add_argument("--summary", action="store_true", help="print two compact tables")
     options = parser.parse_args(arguments)
     if options.from_csv is not None:
         errors = read(options.from_csv)
@@ -281,6 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wrote {options.csv}", file=sys.stderr)
     if options.markdown:
         print(markdown(errors))
+    if options.summary:
+        print(summary(errors))
     return 0
 
 

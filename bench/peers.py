@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -49,6 +50,62 @@ def eager_forward_kl(temperature: float, upcast: bool = False) -> LogitsLoss:
         log_q = F.log_softmax((student.float() if upcast else student) / temperature, dim=-1)
         log_p = F.log_softmax((teacher.float() if upcast else teacher) / temperature, dim=-1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    return loss
+
+
+def _kl(log_x: torch.Tensor, log_y: torch.Tensor) -> torch.Tensor:
+    return (log_x.exp() * (log_x - log_y)).sum(-1)
+
+
+def _mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+
+def _overlap(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return (0.5 * (log_p + log_q)).exp().sum(-1)
+
+
+def _jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    log_m = _mixture(log_p, log_q, 0.5)
+    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+
+
+def _relative_square(log_p: torch.Tensor, log_q: torch.Tensor, symmetric: bool) -> torch.Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    return ((p - q).square() / (p + q if symmetric else q)).sum(-1)
+
+
+# Every kind of kd.divergence at its default parameters, as its formula says: row values from
+# log-probabilities of teacher and student (N, V).
+EAGER: dict[str, LogitsLoss] = {
+    "forward_kl": _kl,
+    "reverse_kl": lambda log_p, log_q: _kl(log_q, log_p),
+    "cross_entropy": lambda log_p, log_q: -(log_p.exp() * log_q).sum(-1),
+    "jeffreys": lambda log_p, log_q: _kl(log_p, log_q) + _kl(log_q, log_p),
+    "entropy": lambda log_p, log_q: -(log_q.exp() * log_q).sum(-1),
+    "jensen_shannon": _jensen_shannon,
+    "skew_forward_kl": lambda log_p, log_q: _kl(log_p, _mixture(log_p, log_q, 0.1)),
+    "skew_reverse_kl": lambda log_p, log_q: _kl(log_q, _mixture(log_p, log_q, 0.9)),
+    "total_variation": lambda log_p, log_q: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1),
+    "hellinger": lambda log_p, log_q: (1 - _overlap(log_p, log_q)).sqrt(),
+    "squared_hellinger": lambda log_p, log_q: 1 - _overlap(log_p, log_q),
+    "bhattacharyya": lambda log_p, log_q: -_overlap(log_p, log_q).log(),
+    "alpha": lambda log_p, log_q: 4 * (1 - _overlap(log_p, log_q)),
+    "renyi": lambda log_p, log_q: -2 * _overlap(log_p, log_q).log(),
+    "alpha_beta": lambda log_p, log_q: 4 * (1 - _overlap(log_p, log_q)),
+    "triangular": lambda log_p, log_q: _relative_square(log_p, log_q, symmetric=True),
+    "chi_squared": lambda log_p, log_q: _relative_square(log_p, log_q, symmetric=False),
+}
+
+
+def eager_kind(kind: str, temperature: float) -> LogitsLoss:
+    """The formula of a kind, written out in PyTorch."""
+    rows = EAGER[kind]
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        log_q = F.log_softmax(student / temperature, dim=-1)
+        return rows(F.log_softmax(teacher / temperature, dim=-1), log_q).mean()
 
     return loss
 
@@ -166,6 +223,30 @@ def torchtune_forward_kl(chunks: int = 0) -> LogitsLoss:
     return loss
 
 
+def torchtune_kl(name: str, factor: float = 1.0) -> LogitsLoss:
+    """torchtune: one of its unchunked losses, times `factor`. None has a temperature."""
+    whole = getattr(load_module_file("torchtune", "modules/loss/kd_losses.py"), name)()
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
+        return factor * whole(student, teacher, labels)
+
+    return loss
+
+
+def liger_total_variation(temperature: float) -> LogitsLoss:
+    """Liger-Kernel: LigerTVDLoss takes probabilities, so two softmax stand before it."""
+    _require_cuda("Liger-Kernel's Triton kernels")
+    criterion = import_peer("liger_kernel.transformers").LigerTVDLoss()
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return criterion(
+            F.softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
+        )
+
+    return loss
+
+
 def liger_jsd(beta: float, temperature: float) -> LogitsLoss:
     """Liger-Kernel: LigerJSD takes log-probabilities, so two log_softmax stand before it."""
     _require_cuda("Liger-Kernel's Triton kernels")
@@ -269,6 +350,53 @@ def jensen_shannon_peers(
             )
         )
     peers.append(Peer(f"Liger LigerJSD, beta {beta:g}", lambda: liger_jsd(beta, temperature)))
+    return peers
+
+
+_NO_TEMPERATURE = "no temperature, so tau = 1"
+_CROSS_ENTROPY_FORM = f"value without the teacher's entropy; {_NO_TEMPERATURE}"
+
+
+def kind_peers(
+    kind: str, temperature: float, compile: bool = True, third_party: bool = True
+) -> list[Peer]:
+    """Everything that computes a kind of `kd.divergence` from logits, at its default parameters."""
+    peers = [Peer("eager", lambda: eager_kind(kind, temperature), third_party=False)]
+    if compile:
+        peers.append(
+            Peer(
+                "torch.compile(eager)",
+                lambda: compiled(eager_kind(kind, temperature)),
+                third_party=False,
+            )
+        )
+
+    def tune(name: str, note: str, factor: float = 1.0) -> Peer:
+        return Peer(
+            f"torchtune {name}",
+            lambda: torchtune_kl(name, factor),
+            note,
+            value_is_comparable=False,
+        )
+
+    if not third_party:
+        return peers
+    generalized = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
+    if kind in generalized:
+        beta = generalized[kind]
+        peers += [
+            Peer(f"TRL generalized_jsd_loss, beta {beta:g}", lambda: trl_jsd(beta, temperature)),
+            Peer(f"Liger LigerJSD, beta {beta:g}", lambda: liger_jsd(beta, temperature)),
+        ]
+    if kind in ("forward_kl", "cross_entropy"):
+        note = _CROSS_ENTROPY_FORM if kind == "forward_kl" else _NO_TEMPERATURE
+        peers.append(tune("ForwardKLLoss", note))
+    if kind == "reverse_kl":
+        peers.append(tune("ReverseKLLoss", _NO_TEMPERATURE))
+    if kind == "jeffreys":  # its halves add up to a half
+        peers.append(tune("SymmetricKLLoss", _CROSS_ENTROPY_FORM, 2.0))
+    if kind == "total_variation":
+        peers.append(Peer("Liger LigerTVDLoss", lambda: liger_total_variation(temperature)))
     return peers
 
 

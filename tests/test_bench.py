@@ -357,6 +357,30 @@ def test_peers_compute_the_same_loss(temperature):
     assert compared >= 2  # eager in both forms is always there
 
 
+@pytest.mark.parametrize("kind", sorted(kd.functional.kinds.KINDS))
+def test_formulas_and_peers_of_every_kind_compute_ours(kind):
+    torch.manual_seed(0)
+    student = torch.randn(4, 30, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(4, 30, dtype=torch.float64)
+    for temperature in (1.0, 2.0):
+        given = None if kind == "entropy" else teacher
+        with kd.use_backend("torch"):
+            exact = kd.divergence(student, given, kind, temperature=temperature)
+            (gradient,) = torch.autograd.grad(exact, student)
+        loss = peers.eager_kind(kind, temperature)(student, teacher)
+        torch.testing.assert_close(loss, exact)
+        torch.testing.assert_close(torch.autograd.grad(loss, student)[0], gradient)
+        for peer in peers.kind_peers(kind, temperature, compile=False):
+            if not peer.value_is_comparable and temperature != 1.0:
+                continue
+            try:
+                theirs = peer.load()(student, teacher)
+            except harness.MissingPeerError:
+                continue
+            (found,) = torch.autograd.grad(theirs, student)
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_head_peers_compute_the_same_loss():
     torch.manual_seed(0)
     hidden, weight, other, other_weight = (
@@ -519,6 +543,9 @@ def test_numerics_csv_and_markdown(tmp_path):
     assert "**forward_kl, bfloat16, standard deviation 1** ([2, 32]" in text
     assert "| gap 1 | gap 0.1 |" in text
     assert "- absent: missing: x" in text
+    compact = numerics.summary(again).splitlines()
+    assert sum(line.startswith("| forward_kl |") for line in compact) == 1
+    assert sum(line.startswith("| bfloat16, eager, float32 upcast |") for line in compact) == 1
 
 
 # The GPU script -----------------------------------------------------------------------------------

@@ -25,8 +25,8 @@
 //   abs, sqrt, is_nan, is_finite
 //   reduce_add, reduce_max, reduce_min        halves are folded onto each other: a fixed order
 //   reduce_add_double(v), widen_sum(v)        lanes added as doubles, into a double or a VecD
-//   exp2, exp2_nonpositive, exp, expm1, log2, log2_absolute, log, log1p, pow    errors and edges in
-//                                             simd_math.h
+//   exp2, exp2_sum, exp2_nonpositive, exp, expm1, log2, log2_absolute, log, log1p, pow
+//                                             errors and edges in simd_math.h
 #pragma once
 
 #include <cstddef>

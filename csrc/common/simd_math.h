@@ -78,7 +78,7 @@ KD_LANES VecF log_edges(VecF x, VecF result) {
 
 KD_LANES VecF exp2(VecF x) {
 #if KDK_ISA_LEVEL == 2
-  return detail::exp2_by_table(x);
+  return detail::exp2_by_table(x, [x](VecF n) { return x - n; });
 #else
   x = min(VecF(128.0f), max(VecF(-127.0f), x));  // constants first: NaN passes
   const VecF n = detail::floor_small(x);
@@ -95,6 +95,19 @@ KD_LANES VecF exp2_nonpositive(VecF x) {
   x = max(VecF(-127.0f), x);
   const VecF n = detail::floor_small(x);
   return detail::add_exponent(detail::exp2_fraction(x - n), n);
+#endif
+}
+
+// 2^(a b + c) for a sum up to 126, without the sum's rounding, which costs |a b + c| / 2^24 of the
+// result. Sums beyond 2^80 in size may give NaN.
+KD_LANES VecF exp2_sum(VecF a, VecF b, VecF c) {
+  const VecF x = fma(a, b, c);
+#if KDK_ISA_LEVEL == 2
+  return detail::exp2_by_table(x, [=](VecF n) { return fma(a, b, c - n); });
+#else
+  const VecF n = detail::floor_small(min(VecF(126.0f), max(VecF(-127.0f), x)));
+  const VecF f = min(VecF(1.0f), max(VecF::zero(), fma(a, b, c - n)));
+  return detail::exp2_fraction(f) * detail::power_of_two(n);
 #endif
 }
 
@@ -130,7 +143,8 @@ KD_LANES VecF log2(VecF x) {
   return detail::log_edges(x, e + (t + low));
 }
 
-// log2 where an absolute error of 1.5e-7 max(1, |log2 x|) will do: faster on AVX-512.
+// log2 where an absolute error of 1.5e-7 max(1, |log2 x|) and a relative one of 4e-7 will do:
+// faster on AVX-512.
 KD_LANES VecF log2_absolute(VecF x) {
 #if KDK_ISA_LEVEL == 2
   return detail::log2_by_table(x);
@@ -174,6 +188,9 @@ KD_LANES_FROM_LIBRARY(log1p)
 
 KD_LANES VecD log2_absolute(VecD x) {
   return log2(x);
+}
+KD_LANES VecD exp2_sum(VecD a, VecD b, VecD c) {
+  return exp2(fma(a, b, c));
 }
 KD_LANES VecD exp2_nonpositive(VecD x) {
   return exp2(x);

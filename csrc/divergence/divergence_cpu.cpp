@@ -87,45 +87,6 @@ double decoded_quotient(double code) {
   return code >= -0.5 ? 1 + code : -1 / code;
 }
 
-// How a row is evaluated between its statistics and its gradient.
-enum class Way { kForward, kReverse, kLinear, kRatio, kLogRatio, kExact };
-
-// The fast ways keep the row pair in scratch and serve a student gradient alone.
-template <class S>
-Way way_of(const RowKind<S>& c, DivergenceGroup group, bool fast) {
-  const bool linear =
-      c.forward_kl != S(0) || c.reverse_kl != S(0) || c.cross_entropy != S(0) || c.entropy != S(0);
-  if (c.clip_element > S(0)) return Way::kExact;
-  if (c.other == S(0)) {
-    if (c.reverse_kl == S(0) && c.entropy == S(0)) return Way::kForward;
-    const bool plain = c.cross_entropy == S(0) && c.entropy == S(0);
-    return plain && fast && sizeof(S) == 4 ? Way::kReverse : Way::kLinear;
-  }
-  if (linear || !fast || sizeof(S) == 8) return Way::kExact;
-  if (group != DivergenceGroup::kPower) return Way::kRatio;
-  const bool degenerate = c.alpha == S(0) || c.beta == S(0) || c.alpha + c.beta == S(0);
-  return degenerate ? Way::kExact : c.alpha + c.beta == S(1) ? Way::kRatio : Way::kLogRatio;
-}
-
-template <class V, class S>
-RowTerms fast_terms(S* x, S* y, int64_t n, const RowNumbers<S>& row, DivergenceGroup group,
-                    double* unit) {
-  const RowKind<S>& c = row.kind;
-  if (group == DivergenceGroup::kPower) {
-    return c.alpha + c.beta == S(1) ? ratio_terms<PowerRatio<true>, V>(x, y, n, row, unit)
-                                    : ratio_terms<PowerRatio<false>, V>(x, y, n, row, unit);
-  }
-  if (group == DivergenceGroup::kMixture) {
-    const bool slanted = c.to_teacher * (S(1) - c.mix) != c.to_student * c.mix;
-    return slanted ? ratio_terms<MixtureRatio<true>, V>(x, y, n, row, unit)
-                   : ratio_terms<MixtureRatio<false>, V>(x, y, n, row, unit);
-  }
-  if (c.total_variation != S(0)) return ratio_terms<TotalVariationRatio, V>(x, y, n, row, unit);
-  if (c.squared_hellinger != S(0)) return ratio_terms<HellingerRatio, V>(x, y, n, row, unit);
-  if (c.triangular != S(0)) return ratio_terms<TriangularRatio, V>(x, y, n, row, unit);
-  return ratio_terms<ChiSquaredRatio, V>(x, y, n, row, unit);
-}
-
 // Reference and base-2 log-sum-exp of one side; NaN logits have been excluded.
 template <class T>
 void log_sum_exp(Side<T>* side, double* lse) {
@@ -223,19 +184,10 @@ void forward_row(const DivergenceRows& c, int64_t index, RowGradient<TS>* gradie
   const bool keep = fast && way != Way::kLinear && way != Way::kExact;
   S* const x = keep ? reinterpret_cast<S*>(scratch(bytes)) : nullptr;
   S* const y = keep ? x + offset : nullptr;
-  const auto nothing = [](int64_t) {};
   const auto take_over = [gradient](int64_t end) { gradient->pending.write_upto(end); };
-  const RowSums<S> sums =
-      !keep                   ? row_statistics<Keep::kNothing>(&r.z, &r.a, x, y, nothing)
-      : way == Way::kForward  ? row_statistics<Keep::kExponentials>(&r.z, &r.a, x, y, take_over)
-      : way == Way::kLogRatio ? row_statistics<Keep::kLogRatio>(&r.z, &r.a, x, y, take_over)
-                              : row_statistics<Keep::kRatio>(&r.z, &r.a, x, y, take_over);
+  const RowSums<S> sums = keep ? kept_statistics<S>(way, r.n.kind, &r.z, &r.a, x, y, take_over)
+                               : row_statistics<Keep::kNothing>(&r.z, &r.a, x, y, [](int64_t) {});
   if (keep) gradient->pending.finish();
-  // Of p and q only q and p / q are kept: not enough where q underflows beside a p that matters.
-  const bool near =
-      sums.top_gap - (__builtin_log2(sums.sum_t) - __builtin_log2(sums.sum_s)) < kLargestGap;
-  const bool ratio = way == Way::kReverse || way == Way::kRatio || way == Way::kLogRatio;
-  if (ratio && !near) way = way == Way::kReverse ? Way::kLinear : Way::kExact;
   if (sums.is_nan) {
     constexpr S kNan = static_cast<S>(__builtin_nan(""));
     for (int i = 0; i < kFactor; ++i) r.stats[i] = kNan;
@@ -243,6 +195,9 @@ void forward_row(const DivergenceRows& c, int64_t index, RowGradient<TS>* gradie
     return r.fill(c, factor != 0 ? kNan : S(0), gradient);
   }
   r.n.set_sums(sums.sum_s, sums.sum_t);
+  if (keep && !scratch_serves(way, sums, r.n)) {
+    way = way == Way::kReverse ? Way::kLinear : Way::kExact;
+  }
   const double sum_s = sums.sum_s > 0 ? sums.sum_s : 1, sum_t = sums.sum_t > 0 ? sums.sum_t : 1;
 
   // Value and centres.
@@ -285,9 +240,12 @@ void forward_row(const DivergenceRows& c, int64_t index, RowGradient<TS>* gradie
     if (way == Way::kExact) {
       terms = exact_terms(r.z, r.a, &r.n, r.group);
     } else {
-      terms = fast_terms<V>(x, y, padded<V>(columns), r.n, r.group, &q_unit);
-      cx = -terms.student * q_unit;
-      cy = 1;
+      const FastTerms made =
+          fast_terms<V>(x, y, padded<V>(columns), way, sums, r.n, kExactBelowError);
+      terms = made.terms;
+      q_unit = made.q_unit;
+      cx = (made.shift - terms.student) * q_unit;
+      cy = made.cy;
       if (!(terms.value >= kExactBelowError * __builtin_sqrt(terms.square)) && ordinary) {
         terms.value = exact_terms(r.z, r.a, &r.n, r.group).value;
       }

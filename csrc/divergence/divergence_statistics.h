@@ -44,6 +44,8 @@ struct RowSums {
   double cross = 0;                 // of 2^v u
   double reverse = 0;               // of 2^u (v - u)
   double entropy = 0;               // of 2^u u
+  double power = 0;                 // of w = 2^(u + alpha (v - u))
+  double power_square = 0;          // of its square
   double top_gap = 0;               // largest v - u
   bool no_q = false, no_p = false;  // q = 0 < p, p = 0 < q somewhere
   bool is_nan = false;
@@ -54,6 +56,7 @@ template <class V>
 struct LaneSums {
   VecD sum_s = VecD::zero(), sum_t = VecD::zero(), gap = VecD::zero(), cross = VecD::zero();
   VecD reverse = VecD::zero(), entropy = VecD::zero();
+  VecD power = VecD::zero(), power_square = VecD::zero();
   V top_gap = V(kDead);
 
   template <class S>
@@ -64,14 +67,27 @@ struct LaneSums {
     row->cross = reduce_add(cross);
     row->reverse = reduce_add(reverse);
     row->entropy = reduce_add(entropy);
+    row->power = reduce_add(power);
+    row->power_square = reduce_add(power_square);
     const double top = reduce_max(top_gap);
     row->top_gap = top > 0 ? top : 0;
   }
 };
 
-// What the pass leaves in the scratch buffers x and y: nothing; 2^u and 2^v; 2^u and v - u; u and
-// v - u.
-enum class Keep { kNothing, kExponentials, kRatio, kLogRatio };
+// What the pass leaves in the scratch buffers x and y: nothing; 2^u and 2^v, ready for forward KL's
+// gradient; the same as they are; 2^u and v - u; u and v - u; 2^u and w = 2^(u + alpha (v - u)).
+enum class Keep { kNothing, kExponentials, kPair, kRatio, kLogRatio, kPower };
+
+// Sums that a fast pass makes beside the normalisers and the gap.
+constexpr bool needs_cross(Keep k) {
+  return k == Keep::kNothing || k == Keep::kExponentials;
+}
+constexpr bool needs_reverse(Keep k) {
+  return k == Keep::kNothing || k == Keep::kRatio;
+}
+constexpr bool needs_top_gap(Keep k) {
+  return k == Keep::kPair || k == Keep::kRatio || k == Keep::kLogRatio;
+}
 
 // 2^x where x is at most a little above 0 in a healthy row; anything above the ceiling otherwise.
 template <class V>
@@ -116,14 +132,14 @@ KD_LANES compute_t<T> largest(const Side<T>& side, int64_t begin, int64_t end, b
 
 // Fast block of full vectors; true if every sum is finite and below the ceiling.
 template <Keep K, class TS, class TT, class V, class S>
-KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x,
-                         S* y, LaneSums<V>* row) {
+KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S alpha,
+                         S* x, S* y, LaneSums<V>* row) {
   constexpr int kUnroll = 2;
   constexpr int64_t kStep = kUnroll * V::kLanes;
   constexpr int64_t kAhead = 4096;  // bytes; longer than the memory's latency, inside the page walk
   const V scale_s(z.scale), scale_t(a.scale), max_s(z.max), max_t(a.max);
   V sum_s[kUnroll], sum_t[kUnroll], gap[kUnroll], cross[kUnroll], reverse = V::zero();
-  V entropy = V::zero(), top_gap(kDead);
+  V entropy = V::zero(), top_gap(kDead), power = V::zero(), power_square = V::zero();
   for (int j = 0; j < kUnroll; ++j) sum_s[j] = sum_t[j] = gap[j] = cross[j] = V::zero();
   for (int64_t i = begin; i < end; i += kStep) {
     constexpr int64_t kLineS = 64 / sizeof(TS), kLineT = 64 / sizeof(TT);
@@ -142,20 +158,18 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
       sum_t[j] += ev;
       const V d = v - u;
       gap[j] = fma(ev, d, gap[j]);
-      if constexpr (K == Keep::kNothing || K == Keep::kExponentials) {
-        cross[j] = fma(ev, u, cross[j]);
-      }
-      if constexpr (K == Keep::kNothing) {
-        reverse = fma(eu, d, reverse);
-        entropy = fma(eu, u, entropy);
-      } else if constexpr (K == Keep::kExponentials) {
-        store(x + at, eu);
-        store(y + at, ev);
-      } else {
-        top_gap = max(d, top_gap);
-        if constexpr (K == Keep::kRatio) reverse = fma(eu, d, reverse);
-        store(x + at, K == Keep::kRatio ? eu : u);
-        store(y + at, d);
+      if constexpr (needs_cross(K)) cross[j] = fma(ev, u, cross[j]);
+      if constexpr (needs_reverse(K)) reverse = fma(eu, d, reverse);
+      if constexpr (needs_top_gap(K)) top_gap = max(d, top_gap);
+      if constexpr (K == Keep::kNothing) entropy = fma(eu, u, entropy);
+      if constexpr (K != Keep::kNothing) store(x + at, K == Keep::kLogRatio ? u : eu);
+      if constexpr (K == Keep::kExponentials || K == Keep::kPair) store(y + at, ev);
+      if constexpr (K == Keep::kRatio || K == Keep::kLogRatio) store(y + at, d);
+      if constexpr (K == Keep::kPower) {
+        const V ew = exp2_sum(V(alpha), d, u);
+        power += ew;
+        power_square = fma(ew, ew, power_square);
+        store(y + at, ew);
       }
     }
   }
@@ -170,12 +184,13 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
   row->sum_s += widen_sum(sum_s[0]);
   row->sum_t += widen_sum(sum_t[0]);
   row->gap += widen_sum(gap[0]);
-  if constexpr (K == Keep::kNothing || K == Keep::kExponentials) row->cross += widen_sum(cross[0]);
-  if constexpr (K == Keep::kNothing || K == Keep::kRatio) row->reverse += widen_sum(reverse);
-  if constexpr (K == Keep::kNothing) {
-    row->entropy += widen_sum(entropy);
-  } else if constexpr (K != Keep::kExponentials) {
-    row->top_gap = max(top_gap, row->top_gap);
+  if constexpr (needs_cross(K)) row->cross += widen_sum(cross[0]);
+  if constexpr (needs_reverse(K)) row->reverse += widen_sum(reverse);
+  if constexpr (needs_top_gap(K)) row->top_gap = max(top_gap, row->top_gap);
+  if constexpr (K == Keep::kNothing) row->entropy += widen_sum(entropy);
+  if constexpr (K == Keep::kPower) {
+    row->power += widen_sum(power);
+    row->power_square += widen_sum(power_square);
   }
   return true;
 }
@@ -183,11 +198,11 @@ KD_LANES bool fast_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, in
 // The same with every special case; also tails, and columns that only one side has. False: the
 // reference is too low.
 template <Keep K, class TS, class TT, class V, class S>
-bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S* x, S* y,
-                   LaneSums<V>* lanes, RowSums<S>* row) {
+bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t end, S alpha, S* x,
+                   S* y, LaneSums<V>* lanes, RowSums<S>* row) {
   const V dead(kDead), underflow(kUnderflow), zero = V::zero();
   V sum_s = zero, sum_t = zero, gap = zero, cross = zero, reverse = zero;
-  V entropy = zero, top_gap(kDead);
+  V entropy = zero, top_gap(kDead), power = zero, power_square = zero;
   auto no_q = V::Mask::first(0), no_p = no_q, broken = no_q;
   for (int64_t i = begin; i < end; i += V::kLanes) {
     const V u = scaled_logits<V>(z, i), v = scaled_logits<V>(a, i);
@@ -204,12 +219,17 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
     broken = broken | is_nan(u) | is_nan(v);
     no_q = no_q | (impossible_q & (v > underflow));
     no_p = no_p | (impossible_p & (u > underflow));
-    if constexpr (K == Keep::kExponentials) {
-      store(x + i, eu);
-      store(y + i, select(impossible_q, zero, ev));  // the gradient of an impossible logit is 0
-    } else if constexpr (K != Keep::kNothing) {
-      store(x + i, K == Keep::kRatio ? eu : u);
-      store(y + i, d);
+    // The gradient of an impossible logit is 0.
+    if constexpr (K != Keep::kNothing) store(x + i, K == Keep::kLogRatio ? u : eu);
+    if constexpr (K == Keep::kExponentials) store(y + i, select(impossible_q, zero, ev));
+    if constexpr (K == Keep::kPair) store(y + i, ev);
+    if constexpr (K == Keep::kRatio || K == Keep::kLogRatio) store(y + i, d);
+    if constexpr (K == Keep::kPower) {
+      const auto impossible = impossible_q | impossible_p;
+      const V ew = select(impossible, zero, exp2_sum(V(alpha), d, u));
+      power += ew;
+      power_square = fma(ew, ew, power_square);
+      store(y + i, ew);
     }
   }
   row->is_nan |= any(broken);
@@ -223,14 +243,17 @@ bool careful_block(const Side<TS>& z, const Side<TT>& a, int64_t begin, int64_t 
   lanes->cross += widen_sum(cross);
   lanes->reverse += widen_sum(reverse);
   lanes->entropy += widen_sum(entropy);
+  lanes->power += widen_sum(power);
+  lanes->power_square += widen_sum(power_square);
   lanes->top_gap = max(top_gap, lanes->top_gap);
   return true;
 }
 
 // Sets the references of both sides and fills x and y (padded to whole vectors); before entries up
-// to `end` of those are written, before_write(end) is called.
+// to `end` of those are written, before_write(end) is called. alpha: for the powers.
 template <Keep K, class TS, class TT, class S, class BeforeWrite>
-RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y, const BeforeWrite& before_write) {
+RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y, const BeforeWrite& before_write,
+                          S alpha = 0) {
   using V = Lanes<TS>;
   const int64_t common = z->columns < a->columns ? z->columns : a->columns;
   const int64_t longer = z->columns < a->columns ? a->columns : z->columns;
@@ -256,8 +279,8 @@ RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y, const BeforeWrit
       const int64_t end = i + kBlock < common ? i + kBlock : common;
       const int64_t whole = i + (end - i) / (2 * V::kLanes) * (2 * V::kLanes);
       before_write(whole);
-      if (whole > i && !fast_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &lanes)) {
-        good = careful_block<K, TS, TT, V>(*z, *a, i, whole, x, y, &lanes, &row);
+      if (whole > i && !fast_block<K, TS, TT, V>(*z, *a, i, whole, alpha, x, y, &lanes)) {
+        good = careful_block<K, TS, TT, V>(*z, *a, i, whole, alpha, x, y, &lanes, &row);
       }
       done = whole;
     }
@@ -265,7 +288,7 @@ RowSums<S> row_statistics(Side<TS>* z, Side<TT>* a, S* x, S* y, const BeforeWrit
     for (; good && done < longer; done += kBlock) {
       const int64_t end = done + kBlock < longer ? done + kBlock : longer;
       before_write(padded<V>(end));
-      good = careful_block<K, TS, TT, V>(*z, *a, done, end, x, y, &lanes, &row);
+      good = careful_block<K, TS, TT, V>(*z, *a, done, end, alpha, x, y, &lanes, &row);
     }
     if (good || row.is_nan || exact) {
       row.is_nan |= !good;

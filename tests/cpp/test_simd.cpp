@@ -163,6 +163,21 @@ void test_logarithms() {
     const double exact = std::log2(double(x));
     CHECK(std::fabs(at(f_absolute, x) - exact) <= 1.5e-7 * std::fmax(1.0, std::fabs(exact)));
   }
+  for (float t = 0x1p-23f; t < 0.015f; t *= 1.37f) {  // near 1 the relative error is small too
+    for (const float x : {1 + t, 1 - t}) {
+      const double exact = std::log2(double(x));
+      CHECK(std::fabs(at(f_absolute, x) - exact) <= 4e-7 * std::fabs(exact));
+    }
+  }
+  for (float c : {-100.3f, -20.7f, 0.0f, 13.9f, 60.1f}) {
+    for (float b : {-7.3f, -1e-3f, 0.0f, 2e-5f, 3.1f}) {
+      const auto f_sum = [b](VecF x) { return exp2_sum(VecF(0.37f), VecF(b), x); };
+      const double exact = std::exp2(double(0.37f) * double(b) + double(c));
+      CHECK_SHOW(std::fabs(at(f_sum, c) - exact) <= 4e-7 * exact, b, c);
+    }
+  }
+  const auto f_far = [](VecF x) { return exp2_sum(VecF(0.5f), VecF(-1e9f), x); };
+  CHECK(at(f_far, 0.0f) == 0 && at(f_far, -1e9f) == 0);
   CHECK(at(f_absolute, 0.0f) == -kInf && at(f_absolute, kInf) == kInf);
   CHECK(is_nan_value(at(f_absolute, -1.0f)) && is_nan_value(at(f_absolute, kNan)));
   CHECK(at(f_log1p, 0.0f) == 0 && at(f_log1p, -1.0f) == -kInf && at(f_log1p, kInf) == kInf);
