@@ -1,4 +1,4 @@
-"""The script that sanitizers watch on a GPU runs, so that the first GPU does not find its errors."""
+"""The script that sanitizers watch on a GPU runs: the first GPU must not find its errors."""
 
 from __future__ import annotations
 

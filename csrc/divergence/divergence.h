@@ -150,9 +150,10 @@ struct DivergenceArgs {
 // range where the data can be looked at (CPU).
 //
 // The sum of several divergences of one student, `count` parts: their args have student, labels,
-// mask, num_items, upstream and grad_student in common; teacher, weight (with the part's coefficient
-// in it), temperatures, parameters, value, stats and spec are each part's own. grad_student gets the
-// sum of the parts' gradients: one write, rounded once. No part has another gradient.
+// mask, num_items, upstream and grad_student in common; teacher, weight (with the part's
+// coefficient in it), temperatures, parameters, value, stats and spec are each part's own.
+// grad_student gets the sum of the parts' gradients: one write, rounded once. No part has another
+// gradient.
 //   cpu    row by row all parts, their gradients gathered in one row in the cache
 //   cuda   each part's statistics, then one pass over the student and all teachers for the gradient
 constexpr int kMostSumParts = 8;  // of one call on cuda: the kernel's parameters are bounded
