@@ -97,7 +97,7 @@ def test_distances(walk, masked):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("shape", [(131, 70), (70, 131), (64, 33), (1, 300), (300, 1)])
+@pytest.mark.parametrize("shape", [(131, 70), (70, 131), (64, 33), (3, 400), (400, 3)])
 def test_queries_and_keys(walk, shape):
     rows, columns = shape
     student = tokens(2, rows, 20), tokens(2, columns, 20)
@@ -184,6 +184,7 @@ def test_slow_instruction_sets_and_other_dtypes_walk_in_chunks(walk):
         kd.relation(tokens(70, 8), tokens(70, 8))
     kd.relation(tokens(70, 8).double(), tokens(70, 8).double())
     kd.relation(tokens(70, 8), tokens(70, 7))
+    kd.relation(tokens(9, 31, 16), tokens(9, 31, 16))
     assert not walk
 
 

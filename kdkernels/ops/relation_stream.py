@@ -28,6 +28,8 @@ from .common import empty
 _ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Fewer rows make the matrix products slow; with many columns chunks are larger instead.
 _ROWS = 64
+# The walk in blocks: smaller maps are less work in chunks of several graphs.
+_SMALL_MAP = 32 * 32
 # The walk in blocks: jobs that few graphs are cut into, each with a gradient of the keys.
 _PARTS = 8
 # Entries of the unit differences that the angle kind holds at a time.
@@ -292,7 +294,7 @@ def stream(
         and pair_weight is None
         and _is_symmetric(k_s, spec, selection, row_weight)
     )
-    if pair_weight is None and not want_pairs and _takes_blocks(backend, q_s, q_t):
+    if pair_weight is None and not want_pairs and _takes_blocks(backend, q_s, q_t, columns):
         return _blocks(
             backend, q_s, k_s, q_t, k_t, scale_s, scale_t, kind, spec, selection, row_weight,
             symmetric,
@@ -376,10 +378,10 @@ def _tiles(
     return Streamed(report, *gradients, None)
 
 
-def _takes_blocks(backend, q_s: Tensor, q_t: Tensor | None) -> bool:
-    """Whether the walk in blocks serves: float32 on vectors with fused multiply-add, and tokens
-    that are not mostly zeros once their width is a multiple of its unit."""
-    if not hasattr(backend, "relation_walk"):
+def _takes_blocks(backend, q_s: Tensor, q_t: Tensor | None, columns: int) -> bool:
+    """Whether the walk in blocks serves: float32 on vectors with fused multiply-add, and maps and
+    tokens that are not mostly zeros once they fill panels and the width's unit."""
+    if not hasattr(backend, "relation_walk") or q_s.shape[1] * columns < _SMALL_MAP:
         return False
     if q_s.dtype != torch.float32 or backend.isa() == "baseline":
         return False
@@ -475,7 +477,7 @@ def _distance(backend, q_s, k_s, q_t, k_t, scale_s, scale_t, spec, selection, ro
     """
     norms = _squared_norms(q_s, k_s, q_t, k_t)
     symmetric = _is_symmetric(k_s, spec, selection, row_weight)
-    blocks = symmetric and _takes_blocks(backend, q_s, q_t)
+    blocks = symmetric and _takes_blocks(backend, q_s, q_t, q_s.shape[1])
 
     def walk(kind: str, means: Tensor | None = None) -> Streamed:
         tokens = (q_s, k_s, q_t, k_t, scale_s, scale_t)
