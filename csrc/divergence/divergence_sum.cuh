@@ -49,7 +49,7 @@ struct PartOfRow {
   F centre;  // S of divergence_math.h
   F label, label_lse;
   DivergenceGroup group;
-  bool is_nan;
+  int is_nan;  // no bool: copying its padding would take a stack
 
   KD_DEVICE PartOfRow(const SumParams<F>& params, const SumPart<F>& part, int64_t row)
       : softmax(sums_of(part, row), part.student_temperature.at(row),
@@ -60,7 +60,7 @@ struct PartOfRow {
         label(F(0)),
         label_lse(F(0)),
         group(part.group),
-        is_nan(false) {
+        is_nan(0) {
     const F* stats = part.stats + row * part.stats_stride;
     const F slope = stats[kSlope];
     const F factor = stats[kFactor] == F(0) ? F(0) : stats[kFactor] * params.upstream.at(row);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (static_cast<int>(threadIdx.x) < params.count) {
       const PartOfRow<F> part(params, params.parts[threadIdx.x], row);
       slots[threadIdx.x].put(part);
-      is_nan = part.is_nan;
+      is_nan = part.is_nan != 0;
     }
     const bool row_is_nan = __syncthreads_or(is_nan);
     const AnyRow<F> student(params.student, row, params.valid_student);

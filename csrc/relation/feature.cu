@@ -92,7 +92,7 @@ struct RowWriter {
 // kKind: an element kind, or kCosine for all vector kinds. Rows: kThreads / 32 (kWarp) or one a
 // block.
 template <Kind kKind, bool kWarp, class T>
-__global__ void __launch_bounds__(kThreads) feature_row_kernel(FeatureRows call) {
+__global__ void __launch_bounds__(kThreads, 2) feature_row_kernel(FeatureRows call) {
   using F = compute_t<T>;
   constexpr int kRows = kWarp ? kThreads / 32 : 1, kWidth = kThreads / kRows;
   constexpr bool kVector = !feature::is_element(kKind);
