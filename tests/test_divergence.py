@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numerics.divergence_goldens import GOLDENS, STUDENT, TEACHER, TEMPERATURE
 
 import kdkernels as kd
+from kdkernels.backends import native
 from kdkernels.functional.kinds import KINDS
 from kdkernels.testing import tolerances
 
@@ -135,15 +136,21 @@ def test_value_beside_a_gradient_keeps_its_relative_accuracy(backend, kind, opti
     """On the CPU the loss of a student gradient in float32 has ways of its own, a row each."""
     if backend.name != "cpu":
         pytest.skip("has no such ways")
+    # Without fused multiply-add (the baseline) exponentials lose three bits; AVX2's lose one, which
+    # the two exponents of an AB divergence that do not add up to 1 show.
+    isa = native.extension("_C").isa()
+    loose = {"avx512": 1.0, "avx2": 1.0, "baseline": 8.0}[isa]
+    value_bound = 3e-5 if kind == "alpha_beta" and isa != "avx512" else 1e-5
     for std in (0.3, 3.0, 10.0):
         student, teacher = logits(2, 3000, gap=gap, std=std)
         student, teacher = student[1:], teacher[1:]  # the first one is collapsed
         loss, gradient = run(student, teacher, kind, reduction="sum", **options)
         expected, expected_gradient = reference(student, teacher, kind, reduction="sum", **options)
-        assert math.isclose(loss, expected, rel_tol=1e-5)
+        assert math.isclose(loss, expected, rel_tol=value_bound)
         error = float((gradient.double() - expected_gradient).norm() / expected_gradient.norm())
         # Of d, rounded to 2e-6 at most where a logit is 60; a sign of d near 0 may be wrong.
-        assert error <= (1e-5 / gap + 2e-5 if kind != "total_variation" else 0.02 + 1e-4 / gap)
+        bound = 1e-5 / gap + 2e-5 if kind != "total_variation" else 0.02 + 1e-4 / gap
+        assert error <= loose * bound
 
 
 @pytest.mark.parametrize("kind", [k for k in ALL_KINDS if not KINDS[k].outer])
@@ -478,7 +485,7 @@ def test_return_stats_of_composed_calls():
     loss, stats = kd.divergence(student, teacher, pair, return_stats=True)
     torch.testing.assert_close(loss, kd.divergence(student, teacher, pair))
     expected = kd.divergence(student, teacher, reduction="none")
-    torch.testing.assert_close(stats.forward_kl, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.forward_kl, expected, rtol=1e-5, atol=4e-12)  # a collapsed row
     for options in ({"standardize": True}, {"teacher_bias": torch.zeros(33)}, {"class_dim": 0}):
         with pytest.raises(ValueError, match="return_stats"):
             kd.divergence(student, teacher, return_stats=True, **options)
