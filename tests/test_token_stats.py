@@ -7,6 +7,7 @@ import torch
 from numerics.divergence_goldens import STUDENT, TEACHER, TEMPERATURE
 
 import kdkernels as kd
+from kdkernels.backends import native
 from kdkernels.testing import tolerances
 
 # Published values (float64) of the goldens' row pair at tau = 1.7.
@@ -135,13 +136,16 @@ def test_mixed_dtypes_strides_leading_shapes_and_tensor_temperatures(backend):
 
 @pytest.mark.parametrize("gap", [1.0, 0.1, 0.01, 0.001])
 def test_small_gaps_keep_their_relative_accuracy(backend, gap):
+    # Without fused multiply-add exponentials lose two bits.
+    slow = backend.name == "cpu" and native.extension("_C").isa() == "baseline"
+    bound = 4e-5 if slow else 1e-5
     for std in (1.0, 5.0, 10.0):
         student, teacher = logits(4, 1500, gap=gap, std=std, device=backend.device)
         student, teacher = student[1:], teacher[1:]  # the collapsed row's values are rounding
         stats, expected = kd.token_stats(student, teacher), plain(student, teacher)
         for name in SMALL:
             torch.testing.assert_close(
-                getattr(stats, name).double().cpu(), expected[name], rtol=1e-5, atol=4e-12
+                getattr(stats, name).double().cpu(), expected[name], rtol=bound, atol=0
             )
 
 

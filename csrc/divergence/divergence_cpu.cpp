@@ -21,9 +21,9 @@ namespace kd {
 namespace KDK_ISA_NAMESPACE {
 namespace {
 
-constexpr double kExactBelow = 0.05;       // nats; one-pass values below are finished from the gap
-// The same for other kinds, times sqrt(sum scale^2); more where exponentials and logarithms are less
-// exact.
+constexpr double kExactBelow = 0.05;  // nats; one-pass values below are finished from the gap
+// The same for other kinds, times sqrt(sum scale^2); more where exponentials and logarithms are
+// less exact.
 constexpr double kExactBelowError = KDK_ISA_LEVEL == 2 ? 0.03 : KDK_ISA_LEVEL == 1 ? 0.08 : 0.3;
 
 template <class S>
