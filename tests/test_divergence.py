@@ -141,6 +141,7 @@ def test_value_beside_a_gradient_keeps_its_relative_accuracy(backend, kind, opti
     isa = native.extension("_C").isa()
     loose = {"avx512": 1.0, "avx2": 1.0, "baseline": 8.0}[isa]
     value_bound = 3e-5 if kind == "alpha_beta" and isa != "avx512" else 1e-5
+    value_bound = 1e-4 if isa == "baseline" else value_bound
     for std in (0.3, 3.0, 10.0):
         student, teacher = logits(2, 3000, gap=gap, std=std)
         student, teacher = student[1:], teacher[1:]  # the first one is collapsed
