@@ -284,8 +284,11 @@ def test_byte_counts_are_those_of_the_formula():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_inputs_leave_the_cache(device):
     cases = load("bench_divergence").cases(harness.Settings(device=device))
-    # Twice the last-level cache of this class of machine (32 MB).
-    assert all(case.bytes > 64e6 for case in cases if case.bytes is not None)
+    # Every kind has a row, on fewer rows: twice the last-level cache of this class of machine.
+    least = {True: 64e6, False: 200e6}
+    for case in cases:
+        few = case.name.startswith("kind ") or "teachers" in case.name
+        assert case.bytes is None or case.bytes > least[few]
 
 
 def test_quick_command_writes_rows_for_every_case(tmp_path):

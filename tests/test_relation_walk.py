@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 import torch
-from relation_cases import gradients, options_of, tokens
+from relation_cases import ELEMENT_KINDS, ROW_KINDS, gradients, options_of, tokens
 
 import kdkernels as kd
 from kdkernels.backends import cpu
@@ -106,6 +106,13 @@ def test_queries_and_keys(walk, shape):
     same(walk, student, teacher, "softmax_reverse_kl", teacher_grad=True, parts=parts)
 
 
+@pytest.mark.parametrize("kind", ROW_KINDS + ELEMENT_KINDS)
+def test_every_kind_of_queries_and_keys(walk, kind):
+    student = tokens(2, 64, 20), tokens(2, 33, 20)
+    teacher = tokens(2, 64, 72), tokens(2, 33, 72)
+    same(walk, student, teacher, kind, teacher_grad=True, parts=1, **options_of(kind))
+
+
 @pytest.mark.parametrize("selection", ["causal", "tokens", "pairs", "same", "off", "narrow causal"])
 def test_selections(walk, selection):
     student, teacher = tokens(2, 2, 150, 24), tokens(2, 2, 150, 8)
@@ -170,13 +177,15 @@ def test_bits_do_not_depend_on_the_threads(walk):
         assert all(torch.equal(a, b) for a, b in zip(found[0][1], other[1]))
 
 
-def test_no_rows_and_no_columns(walk):
+def test_no_rows_and_no_columns(walk, monkeypatch):
+    monkeypatch.setattr(relation_stream, "_SMALL_MAP", 0)
     for rows, columns in ((0, 5), (5, 0)):
-        q, k = torch.zeros(1, rows, 4, requires_grad=True), torch.zeros(1, columns, 4)
+        q, k = torch.zeros(1, rows, 16, requires_grad=True), torch.zeros(1, columns, 16)
         k.requires_grad_()
         loss = kd.relation((q, k), (q.detach(), k.detach()), reduction="sum")
         assert loss == 0
         assert all(float(g.abs().sum()) == 0 for g in torch.autograd.grad(loss, (q, k)))
+    assert len(walk) == 2
 
 
 def test_slow_instruction_sets_and_other_dtypes_walk_in_chunks(walk):
